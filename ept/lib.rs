@@ -1,0 +1,1 @@
+//! The nested backend: second-level tables in Intel's EPT format.

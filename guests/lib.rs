@@ -1,0 +1,1 @@
+//! Bare-metal guests, built by cargo and embedded in the program.

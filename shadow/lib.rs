@@ -1,0 +1,1 @@
+//! The shadow backend: software shadow page tables.

@@ -1,0 +1,1 @@
+//! The devices of the machine: register models and the chipset that routes to them.

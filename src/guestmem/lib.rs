@@ -1,0 +1,1 @@
+//! Addresses, host frames, the guest-physical map and the dirty log.

@@ -1,0 +1,2 @@
+//! The program: arguments, machine, run, report.
+fn main() {}

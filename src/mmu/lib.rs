@@ -1,0 +1,1 @@
+//! The MMU contract: paging state, entry formats, the one walker, the backend trait and the counters.

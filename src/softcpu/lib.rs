@@ -1,0 +1,1 @@
+//! The software CPU: decode, execute, translation look-aside buffer, hardware walk, exceptions.

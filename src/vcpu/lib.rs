@@ -1,0 +1,1 @@
+//! The contract between the run loop and any CPU: exits, entries and architectural state.
