@@ -1,0 +1,298 @@
+#![allow(unsafe_code, reason = "the one place where bytes of the memory object are read and written through a raw mapping")]
+//! The memory object: one memfd, mapped once, that holds guest RAM and the tables the engine builds.
+//!
+//! Every translation ends here as an offset ([`Hpa`]). The mapping is shared with guest execution, so no Rust
+//! reference into it ever exists: all access goes through volatile or atomic operations on checked offsets.
+//!
+//! Frames can carry marks. A frame marked [`FrameMark::CODE`] holds bytes that a CPU has decoded; when anything but
+//! that CPU writes it (a device, a loader, a backend that sets accessed bits), the write is noted, and the CPU
+//! collects the notes before it runs on ([`HostMemory::take_code_writes`]).
+
+use crate::addr::{Hfn, Hpa, PAGE_SIZE};
+use std::fs::File;
+use std::os::fd::FromRawFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+bitflags::bitflags! {
+    /// What a host frame is used for besides being memory.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct FrameMark: u8 {
+        /// A CPU has decoded instructions from this frame.
+        const CODE = 1;
+        /// A backend keeps a copy of what this frame says (it is a guest page table that is shadowed).
+        const TABLE = 2;
+    }
+}
+
+/// Why the memory object could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum HostMemoryError {
+    /// The kernel refused the memfd.
+    #[error("creating a memory object of {bytes} bytes failed: {source}")]
+    Create {
+        /// The size asked for.
+        bytes: u64,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The kernel refused the mapping.
+    #[error("mapping a memory object of {bytes} bytes failed: {source}")]
+    Map {
+        /// The size asked for.
+        bytes: u64,
+        /// What vm-memory said.
+        source: vm_memory::mmap::MmapRegionError,
+    },
+}
+
+/// The memory object. Cheap to share: every method takes `&self`.
+#[derive(Debug)]
+pub struct HostMemory {
+    region: MmapRegion,
+    base: *mut u8,
+    size: u64,
+    marks: Box<[AtomicU8]>,
+    code_written: AtomicBool,
+    code_writes: Mutex<Vec<(Hpa, u64)>>,
+}
+
+// SAFETY: `base` points to the mapping that `region` owns for as long as `self` lives; all access through it is
+// volatile or atomic and bounds-checked, so sharing the pointer between threads adds no way to misuse it.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above; there are no references into the mapping.
+unsafe impl Sync for HostMemory {}
+
+macro_rules! scalar_access {
+    ($read:ident, $write:ident, $exchange:ident, $int:ty, $atomic:ty, $bytes:literal) => {
+        #[doc = concat!("Reads ", stringify!($bytes), " bytes at an aligned `hpa`, or `None` outside the object.")]
+        #[inline]
+        pub fn $read(&self, hpa: Hpa) -> Option<$int> {
+            Some(self.atomic::<$atomic>(hpa)?.load(Ordering::Acquire))
+        }
+
+        #[doc = concat!("Writes ", stringify!($bytes), " bytes at an aligned `hpa`; `None` outside the object.")]
+        #[inline]
+        pub fn $write(&self, hpa: Hpa, value: $int) -> Option<()> {
+            self.atomic::<$atomic>(hpa)?.store(value, Ordering::Release);
+            self.note_write(hpa, $bytes);
+            Some(())
+        }
+
+        #[doc = concat!("Compare-and-exchange of ", stringify!($bytes), " bytes; `Some(true)` when it took place.")]
+        #[inline]
+        pub fn $exchange(&self, hpa: Hpa, old: $int, new: $int) -> Option<bool> {
+            let done = self
+                .atomic::<$atomic>(hpa)?
+                .compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire)
+                .is_ok();
+            if done {
+                self.note_write(hpa, $bytes);
+            }
+            Some(done)
+        }
+    };
+}
+
+impl HostMemory {
+    /// A memory object of `frames` frames, all zero. Host memory is taken as frames are touched, not now.
+    pub fn new(frames: u64) -> Result<Self, HostMemoryError> {
+        let bytes = frames * PAGE_SIZE;
+        let file = memfd(bytes).map_err(|source| HostMemoryError::Create { bytes, source })?;
+        let size = usize::try_from(bytes).map_err(|_| HostMemoryError::Create {
+            bytes,
+            source: std::io::Error::from(std::io::ErrorKind::OutOfMemory),
+        })?;
+        let region = MmapRegion::from_file(FileOffset::new(file, 0), size)
+            .map_err(|source| HostMemoryError::Map { bytes, source })?;
+        let base = region.as_ptr();
+        let marks = (0..frames).map(|_| AtomicU8::new(0)).collect();
+        Ok(Self {
+            region,
+            base,
+            size: bytes,
+            marks,
+            code_written: AtomicBool::new(false),
+            code_writes: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// The size in bytes.
+    #[inline]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Where the mapping begins in this process. A CPU's TLB adds HPAs to it; each HPA must be below [`Self::size`].
+    #[inline]
+    pub fn base(&self) -> *mut u8 {
+        self.base
+    }
+
+    /// Whether all of `len` bytes from `hpa` lie inside.
+    #[inline]
+    pub fn contains(&self, hpa: Hpa, len: u64) -> bool {
+        len <= self.size && hpa.0 <= self.size - len
+    }
+
+    /// The bytes as a volatile slice of vm-memory's, or `None` outside the object.
+    pub fn slice(&self, hpa: Hpa, len: usize) -> Option<VolatileSlice<'_>> {
+        self.region.get_slice(usize::try_from(hpa.0).ok()?, len).ok()
+    }
+
+    #[inline]
+    fn atomic<A>(&self, hpa: Hpa) -> Option<&A> {
+        let len = size_of::<A>() as u64;
+        if !self.contains(hpa, len) || !hpa.is_aligned(len) {
+            return None;
+        }
+        // SAFETY: the offset was just checked to lie inside the mapping, which lives as long as `self`, and to be
+        // aligned for `A`, one of the atomic integers; the mapping itself is page aligned. The guest may write the same
+        // bytes at any time, which atomics permit.
+        Some(unsafe { &*self.base.add(hpa.0 as usize).cast::<A>() })
+    }
+
+    scalar_access!(read_u8, write_u8, compare_exchange_u8, u8, AtomicU8, 1);
+    scalar_access!(read_u16, write_u16, compare_exchange_u16, u16, AtomicU16, 2);
+    scalar_access!(read_u32, write_u32, compare_exchange_u32, u32, AtomicU32, 4);
+    scalar_access!(read_u64, write_u64, compare_exchange_u64, u64, AtomicU64, 8);
+
+    /// Copies bytes out; false, and nothing copied, when they are not all inside.
+    pub fn read(&self, hpa: Hpa, out: &mut [u8]) -> bool {
+        match self.slice(hpa, out.len()) {
+            Some(slice) => {
+                slice.copy_to(out);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Copies bytes in; false, and nothing copied, when they are not all inside.
+    pub fn write(&self, hpa: Hpa, data: &[u8]) -> bool {
+        match self.slice(hpa, data.len()) {
+            Some(slice) => {
+                slice.copy_from(data);
+                self.note_write(hpa, data.len() as u64);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Fills a whole frame with zeros; false outside.
+    pub fn zero_frame(&self, frame: Hfn) -> bool {
+        self.write(frame.base(), &[0; PAGE_SIZE as usize])
+    }
+
+    /// The marks of a frame; none for a frame outside.
+    #[inline]
+    pub fn marks(&self, frame: Hfn) -> FrameMark {
+        let bits = self.marks.get(frame.0 as usize).map_or(0, |m| m.load(Ordering::Relaxed));
+        FrameMark::from_bits_truncate(bits)
+    }
+
+    /// Adds marks to a frame.
+    pub fn mark(&self, frame: Hfn, mark: FrameMark) {
+        if let Some(m) = self.marks.get(frame.0 as usize) {
+            m.fetch_or(mark.bits(), Ordering::Relaxed);
+        }
+    }
+
+    /// Takes marks off a frame.
+    pub fn unmark(&self, frame: Hfn, mark: FrameMark) {
+        if let Some(m) = self.marks.get(frame.0 as usize) {
+            m.fetch_and(!mark.bits(), Ordering::Relaxed);
+        }
+    }
+
+    /// Notes a write by anything but the CPU that decodes: call after writing through a slice.
+    #[inline]
+    pub fn note_write(&self, hpa: Hpa, len: u64) {
+        if len == 0 {
+            return;
+        }
+        let last = hpa.0.saturating_add(len - 1) / PAGE_SIZE;
+        for frame in hpa.0 / PAGE_SIZE..=last {
+            if self.marks(Hfn(frame)).contains(FrameMark::CODE) {
+                self.note_code_write(hpa, len);
+                return;
+            }
+        }
+    }
+
+    #[cold]
+    fn note_code_write(&self, hpa: Hpa, len: u64) {
+        self.code_writes.lock().unwrap_or_else(|e| e.into_inner()).push((hpa, len));
+        self.code_written.store(true, Ordering::Release);
+    }
+
+    /// Whether [`Self::take_code_writes`] has something to say.
+    #[inline]
+    pub fn code_was_written(&self) -> bool {
+        self.code_written.load(Ordering::Acquire)
+    }
+
+    /// The writes to frames marked [`FrameMark::CODE`] since the last call, oldest first: address and length in bytes.
+    pub fn take_code_writes(&self) -> Vec<(Hpa, u64)> {
+        self.code_written.store(false, Ordering::Release);
+        std::mem::take(&mut *self.code_writes.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+}
+
+fn memfd(bytes: u64) -> std::io::Result<File> {
+    // SAFETY: the name is a NUL-terminated literal and the flags are constants.
+    let fd = unsafe { libc::memfd_create(c"antumbra-guest".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just created, is valid and owned by nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(bytes)?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn access_outside_and_unaligned_is_refused() {
+        let m = HostMemory::new(2).unwrap();
+        assert_eq!(m.read_u64(Hpa(8192)), None);
+        assert_eq!(m.read_u64(Hpa(8188)), None);
+        assert_eq!(m.read_u64(Hpa(4)), None);
+        assert_eq!(m.read_u64(Hpa(u64::MAX - 7)), None);
+        assert!(!m.write(Hpa(8190), &[1, 2, 3]));
+        assert!(m.write(Hpa(8190), &[1, 2]));
+        assert!(m.slice(Hpa(u64::MAX), 1).is_none());
+        assert!(!m.contains(Hpa(0), 8193));
+        assert!(m.contains(Hpa(8192), 0));
+    }
+
+    #[test]
+    fn compare_exchange_says_whether_it_took_place() {
+        let m = HostMemory::new(1).unwrap();
+        assert_eq!(m.compare_exchange_u64(Hpa(16), 0, 7), Some(true));
+        assert_eq!(m.compare_exchange_u64(Hpa(16), 0, 9), Some(false));
+        assert_eq!(m.read_u64(Hpa(16)), Some(7));
+        assert_eq!(m.read_u32(Hpa(20)), Some(0));
+    }
+
+    #[test]
+    fn writes_to_code_frames_are_noted_once() {
+        let m = HostMemory::new(3).unwrap();
+        m.mark(Hfn(1), FrameMark::CODE);
+        m.write(Hpa(0), &[1; 100]);
+        assert!(!m.code_was_written());
+        m.write(Hpa(4090), &[1; 10]);
+        m.write_u32(Hpa(8192), 5);
+        assert!(m.code_was_written());
+        assert_eq!(m.take_code_writes(), vec![(Hpa(4090), 10)]);
+        assert!(!m.code_was_written());
+        m.unmark(Hfn(1), FrameMark::CODE);
+        m.write_u64(Hpa(4096), 5);
+        assert!(m.take_code_writes().is_empty());
+    }
+}
