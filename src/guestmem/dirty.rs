@@ -49,7 +49,9 @@ impl DirtyLog {
 
     /// Whether a frame is marked.
     pub fn is_marked(&self, gfn: Gfn) -> bool {
-        self.bits.get((gfn.0 / 64) as usize).is_some_and(|w| w.load(Ordering::Relaxed) >> (gfn.0 % 64) & 1 != 0)
+        self.bits
+            .get((gfn.0 / 64) as usize)
+            .is_some_and(|w| w.load(Ordering::Relaxed) >> (gfn.0 % 64) & 1 != 0)
     }
 
     /// The frames written since the last call, ascending; clears the log. The backend must then take write rights

@@ -264,8 +264,7 @@ impl GuestMemory {
     /// A zero-filled frame for a table of the engine's.
     pub fn allocate_table(&self) -> Result<Hfn, MemoryError> {
         let mut tables = lock(&self.tables);
-        let frame =
-            tables.allocate().ok_or(MemoryError::OutOfTableFrames { capacity: tables.capacity() })?;
+        let frame = tables.allocate().ok_or(MemoryError::OutOfTableFrames { capacity: tables.capacity() })?;
         self.host.zero_frame(frame);
         Ok(frame)
     }
@@ -394,7 +393,9 @@ fn checked_regions(regions: &[RegionConfig]) -> Result<Vec<RegionConfig>, Memory
         if !r.base.is_aligned(PAGE_SIZE) || !r.len.is_multiple_of(PAGE_SIZE) {
             return bad("is not page aligned");
         }
-        let Some(r_end) = r.base.checked_add(r.len) else { return bad("passes the end of the address space") };
+        let Some(r_end) = r.base.checked_add(r.len) else {
+            return bad("passes the end of the address space");
+        };
         if r_end.0 / PAGE_SIZE > PhysMap::MAX_HOST_FRAMES / 2 {
             return bad("ends above 2 TiB, the most that can be mapped");
         }
@@ -453,7 +454,10 @@ mod tests {
     #[test]
     fn large_blocks_exist_only_where_memory_is_contiguous() {
         let m = GuestMemory::new(&config(Policy::Linear)).unwrap();
-        assert!(m.large_backing(Gfn(0), PageSize::Size2M).is_none(), "the legacy hole splits the first 2 MiB");
+        assert!(
+            m.large_backing(Gfn(0), PageSize::Size2M).is_none(),
+            "the legacy hole splits the first 2 MiB"
+        );
         let f = m.large_backing(Gfn(513), PageSize::Size2M).unwrap();
         assert_eq!(m.slot(Gfn(512)), Slot::Ram(f));
         assert!(m.large_backing(Gfn(513), PageSize::Size1G).is_none());
@@ -478,9 +482,14 @@ mod tests {
             .map(|_| ())
             .unwrap_err()
         };
-        for (base, len) in
-            [(2 * MIB, 0), (2 * MIB + 1, 4096), (2 * MIB, 5), (0x8_0000, MIB), (u64::MAX - 4095, 4096), (1 << 50, 4096)]
-        {
+        for (base, len) in [
+            (2 * MIB, 0),
+            (2 * MIB + 1, 4096),
+            (2 * MIB, 5),
+            (0x8_0000, MIB),
+            (u64::MAX - 4095, 4096),
+            (1 << 50, 4096),
+        ] {
             assert!(matches!(bad(base, len), MemoryError::BadRegion { .. }));
         }
     }

@@ -1,4 +1,7 @@
-#![allow(unsafe_code, reason = "the one place where bytes of the memory object are read and written through a raw mapping")]
+#![allow(
+    unsafe_code,
+    reason = "the one place where bytes of the memory object are read and written through a raw mapping"
+)]
 //! The memory object: one memfd, mapped once, that holds guest RAM and the tables the engine builds.
 //!
 //! Every translation ends here as an offset ([`Hpa`]). The mapping is shared with guest execution, so no Rust

@@ -1,0 +1,202 @@
+//! Nested paging: a walk of the guest's tables whose every table read is itself translated through EPT (SDM Vol. 3
+//! §29.3.2 "EPT translation mechanism", §29.3.3 "EPT-induced VM exits"): up to 24 references for 4 levels on 4.
+
+use crate::access::{Access, AccessKind, PageFault};
+use crate::entry::{Ept, Rights};
+use crate::paging::PagingState;
+use crate::walk::{HostTables, TableMemory, Translation, Verdict, WalkEnd, all_ones, walk, walk_guest};
+use guestmem::{Gpa, Gva, HostMemory, Hpa, PageSize};
+
+bitflags::bitflags! {
+    /// The exit qualification of an EPT violation (SDM Vol. 3 table 28-7).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+    pub struct EptQualification: u32 {
+        /// The access was a read.
+        const READ = 1 << 0;
+        /// The access was a write.
+        const WRITE = 1 << 1;
+        /// The access was an instruction fetch.
+        const FETCH = 1 << 2;
+        /// The entries permit reads.
+        const READABLE = 1 << 3;
+        /// The entries permit writes.
+        const WRITABLE = 1 << 4;
+        /// The entries permit fetches.
+        const EXECUTABLE = 1 << 5;
+        /// A linear address goes with the access.
+        const LINEAR_VALID = 1 << 7;
+        /// The access was to the translation of the linear address, not to a guest table on the way.
+        const LINEAR_FINAL = 1 << 8;
+    }
+}
+
+/// An EPT violation or misconfiguration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EptFault {
+    /// The guest-physical address that was to be accessed.
+    pub gpa: Gpa,
+    /// How, and what the entries permit.
+    pub qualification: EptQualification,
+    /// A misconfiguration: an entry was present and malformed.
+    pub misconfigured: bool,
+}
+
+/// Translates one guest-physical address through the EPT table at `root`.
+#[inline]
+pub fn walk_ept(
+    format: Ept,
+    root: Hpa,
+    gpa: Gpa,
+    kind: AccessKind,
+    tables: &mut HostTables<'_>,
+) -> Result<Translation, EptFault> {
+    let (needed, asked) = match kind {
+        AccessKind::Read => (Rights::READ, EptQualification::READ),
+        AccessKind::Write => (Rights::WRITE, EptQualification::WRITE),
+        AccessKind::Execute => (Rights::EXEC, EptQualification::FETCH),
+    };
+    // The engine's tables translate 48 bits; what lies above is not there.
+    if gpa.0 >> 48 != 0 {
+        return Err(EptFault { gpa, qualification: asked, misconfigured: false });
+    }
+    let Ok(walk) = walk(format, root.0, gpa.0, tables, true, |leaf| {
+        if leaf.rights.contains(needed) {
+            Verdict::Permit { dirty: kind == AccessKind::Write }
+        } else {
+            Verdict::Deny
+        }
+    });
+    match walk.end {
+        WalkEnd::Mapped(t) => Ok(t),
+        WalkEnd::NotPresent => Err(EptFault { gpa, qualification: asked, misconfigured: false }),
+        WalkEnd::Malformed => Err(EptFault { gpa, qualification: asked, misconfigured: true }),
+        WalkEnd::Denied(t) => {
+            let mut qualification = asked;
+            qualification.set(EptQualification::READABLE, t.rights.contains(Rights::READ));
+            qualification.set(EptQualification::WRITABLE, t.rights.contains(Rights::WRITE));
+            qualification.set(EptQualification::EXECUTABLE, t.rights.contains(Rights::EXEC));
+            Err(EptFault { gpa, qualification, misconfigured: false })
+        }
+    }
+}
+
+/// Guest tables seen through EPT; addresses are GPAs.
+#[derive(Debug)]
+pub struct NestedMemory<'a> {
+    host: &'a HostMemory,
+    tables: HostTables<'a>,
+    format: Ept,
+    root: Hpa,
+    absent: &'a [Gpa],
+    guest_references: u64,
+}
+
+impl<'a> NestedMemory<'a> {
+    /// Guest-physical memory behind the EPT table at `root`. Pages in `absent` read as all ones and swallow flags: the
+    /// backend has said that nothing is there.
+    #[inline]
+    pub fn new(host: &'a HostMemory, format: Ept, root: Hpa, absent: &'a [Gpa]) -> Self {
+        Self { host, tables: HostTables::new(host), format, root, absent, guest_references: 0 }
+    }
+
+    /// How many entries were read, of the guest's tables and of EPT.
+    #[inline]
+    pub fn references(&self) -> u64 {
+        self.tables.references + self.guest_references
+    }
+
+    /// Translates a guest-physical address for an access of `kind`.
+    #[inline]
+    pub fn physical(&mut self, gpa: Gpa, kind: AccessKind) -> Result<Translation, EptFault> {
+        walk_ept(self.format, self.root, gpa, kind, &mut self.tables)
+    }
+
+    #[inline]
+    fn is_absent(&self, gpa: Gpa) -> bool {
+        !self.absent.is_empty() && self.absent.contains(&gpa.page_base())
+    }
+
+    #[inline]
+    fn entry(&mut self, gpa: Gpa, kind: AccessKind) -> Result<Hpa, EptFault> {
+        let t = self.physical(gpa, kind).map_err(|mut fault| {
+            fault.qualification |= EptQualification::LINEAR_VALID;
+            fault
+        })?;
+        Ok(Hpa(t.physical(gpa.0)))
+    }
+}
+
+impl TableMemory for NestedMemory<'_> {
+    type Error = EptFault;
+
+    /// With EPT accessed and dirty flags on, reading a guest table counts as a write to it (SDM Vol. 3 §29.3.5); then a
+    /// read-only table would fault. Ours are read as reads and written as writes: what §29.3.5 adds is only an earlier
+    /// dirty flag, and our dirty log follows the writes.
+    #[inline]
+    fn load(&mut self, address: u64, bytes: u64) -> Result<u64, EptFault> {
+        let gpa = Gpa(address);
+        self.guest_references += 1;
+        if self.is_absent(gpa) {
+            return Ok(all_ones(bytes));
+        }
+        let hpa = self.entry(gpa, AccessKind::Read)?;
+        let raw = if bytes == 4 { self.host.read_u32(hpa).map(u64::from) } else { self.host.read_u64(hpa) };
+        Ok(raw.unwrap_or(all_ones(bytes)))
+    }
+
+    fn compare_exchange(&mut self, address: u64, bytes: u64, old: u64, new: u64) -> Result<bool, EptFault> {
+        let gpa = Gpa(address);
+        if self.is_absent(gpa) {
+            return Ok(true);
+        }
+        let hpa = self.entry(gpa, AccessKind::Write)?;
+        let done = if bytes == 4 {
+            self.host.compare_exchange_u32(hpa, old as u32, new as u32)
+        } else {
+            self.host.compare_exchange_u64(hpa, old, new)
+        };
+        Ok(done.unwrap_or(true))
+    }
+}
+
+/// Why a two-dimensional translation failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NestedFault {
+    /// The guest's own fault: deliver it.
+    Guest(PageFault),
+    /// An exit.
+    Ept(EptFault),
+}
+
+/// A two-dimensional translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NestedTranslation {
+    /// The guest-physical address.
+    pub gpa: Gpa,
+    /// The host-physical address.
+    pub hpa: Hpa,
+    /// What the guest's tables said.
+    pub guest: Translation,
+    /// The size that both dimensions share.
+    pub size: PageSize,
+}
+
+/// Translates a linear address in two dimensions for one access.
+#[inline]
+pub fn walk_nested(
+    state: &PagingState,
+    gva: Gva,
+    access: &Access,
+    memory: &mut NestedMemory<'_>,
+) -> Result<NestedTranslation, NestedFault> {
+    let guest = walk_guest(state, gva, access, memory, true)
+        .map_err(NestedFault::Ept)?
+        .result
+        .map_err(NestedFault::Guest)?;
+    let gpa = Gpa(guest.physical(gva.0));
+    let nested = memory.physical(gpa, access.kind).map_err(|mut fault| {
+        fault.qualification |= EptQualification::LINEAR_VALID | EptQualification::LINEAR_FINAL;
+        NestedFault::Ept(fault)
+    })?;
+    Ok(NestedTranslation { gpa, hpa: Hpa(nested.physical(gpa.0)), guest, size: guest.size.min(nested.size) })
+}
