@@ -1,1 +1,81 @@
-//! The contract between the run loop and any CPU: exits, entries and architectural state.
+//! The contract between the run loop and any CPU layer: a typed [`Exit`] and a typed re-[`Entry`].
+//!
+//! A CPU runs guest instructions until something leaves the guest; the run loop handles the exit and gives the answer to
+//! the next [`Vcpu::run`]. An instruction that exits has changed nothing; when it is entered again it is executed anew
+//! from its start and finds the answers it asked for, in order, until it completes. So an instruction may exit several
+//! times (a page fault of the engine's, then a device read, then a device write) and still executes exactly once.
+//!
+//! Read [`exit`], then [`state`].
+
+pub mod exit;
+pub mod state;
+
+pub use exit::{Answer, Entry, Exit, TableStore};
+pub use state::{ArchState, Segment, TableRegister};
+
+use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
+
+/// A failure of the engine, never of the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuError {
+    /// The answer does not fit the exit.
+    #[error("entering the guest failed: the answer {answer} does not fit the exit {exit}")]
+    WrongAnswer {
+        /// The exit that was to be answered.
+        exit: String,
+        /// The answer given.
+        answer: String,
+    },
+    /// A table of the engine's leads outside the memory object.
+    #[error("translating {gva} failed: the engine's table leads to {hpa}, outside host memory")]
+    BadTranslation {
+        /// The linear address.
+        gva: guestmem::Gva,
+        /// Where the table led.
+        hpa: guestmem::Hpa,
+    },
+    /// The host lacks something that the CPU needs.
+    #[error("starting the CPU failed: {0}")]
+    Host(String),
+}
+
+/// A virtual CPU.
+///
+/// Time is counted in ticks: one a retired instruction (each iteration of a repeated string instruction and each
+/// exception delivered counts as one, so that time always advances), plus what the run loop adds for idling.
+pub trait Vcpu {
+    /// Answers the last exit and runs until the next, at the latest when [`Vcpu::ticks`] reaches `deadline`.
+    fn run(&mut self, entry: Entry, deadline: u64) -> Result<Exit, VcpuError>;
+
+    /// Virtual time in ticks.
+    fn ticks(&self) -> u64;
+    /// Lets virtual time pass while the CPU idles or a device is slow.
+    fn add_ticks(&mut self, ticks: u64);
+    /// Instructions retired (as counted for ticks, without what was added).
+    fn retired(&self) -> u64;
+
+    /// What address translation depends on now.
+    fn paging_state(&self) -> PagingState;
+    /// Sets how the hardware walk finds translations and what exits.
+    fn set_translation(&mut self, root: TableRoot, intercepts: Intercepts);
+    /// Makes the TLB forget.
+    fn flush(&mut self, flush: TlbFlush);
+
+    /// Whether a maskable interrupt can be delivered before the next instruction: IF set, no interrupt shadow, no event
+    /// half delivered.
+    fn can_take_interrupt(&self) -> bool;
+    /// Queues an external interrupt for delivery at the next entry. Call only when [`Vcpu::can_take_interrupt`].
+    fn inject_interrupt(&mut self, vector: u8);
+    /// Queues an NMI; delivered when NMIs are not blocked.
+    fn inject_nmi(&mut self);
+    /// Asks for [`Exit::InterruptWindow`] as soon as an interrupt can be delivered.
+    fn request_interrupt_window(&mut self, wanted: bool);
+
+    /// A copy of the whole architectural state.
+    fn state(&self) -> ArchState;
+    /// Replaces the whole architectural state and empties the TLB.
+    fn set_state(&mut self, state: &ArchState);
+
+    /// What the CPU counted itself.
+    fn counters(&self) -> &Counters;
+}
