@@ -75,4 +75,14 @@ pub const CATALOG: &[Entry] = &[
         source: "hello",
         ..multiboot(guest("hello-multiboot", Group::Smoke, "the same by way of multiboot v1"))
     },
+    guest(
+        "demand-touch",
+        Group::Memory,
+        "maps pages at first touch by its own #PF handler, then pages with too few frames",
+    ),
+    guest(
+        "faults",
+        Group::Memory,
+        "page faults of every kind on every level, restarts in mid-instruction, double faults",
+    ),
 ];

@@ -15,11 +15,14 @@ pub mod frames;
 pub mod global;
 pub mod io;
 pub mod mem;
+pub mod model;
 pub mod paging;
+pub mod random;
 pub mod report;
 pub mod trap;
 pub mod user;
 
+pub use model::Mode;
 pub use report::{finish, skip};
 
 /// Declares the guest's name and its main function, which the entry code calls in long mode with interrupts off.

@@ -114,7 +114,18 @@ pub fn frame(rip: u64) -> Frame {
     }
 }
 
-/// Goes to CPL 3 in the current address space until an exception that no handler takes; that is the result.
+/// A frame that starts code at CPL 0; the stack pointer is the caller's to set.
+pub fn kernel_frame(rip: u64) -> Frame {
+    Frame {
+        rip,
+        cs: descriptors::KERNEL_CODE.into(),
+        ss: descriptors::KERNEL_DATA.into(),
+        rflags: 2,
+        ..Frame::default()
+    }
+}
+
+/// Goes to the frame (CPL 3, or CPL 0 on a stack of its own) in the current address space until an exception that no handler takes; that is the result.
 pub fn run(frame: &Frame) -> Fault {
     match trap::catch(|| -> () {
         // SAFETY: every way back is an exception, which the guard ends.
