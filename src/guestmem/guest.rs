@@ -236,10 +236,12 @@ impl GuestMemory {
         }
         let first = gfn.0 & !(size.frames() - 1);
         let Slot::Ram(frame) = self.map.get(Gfn(first)) else { return None };
-        // Any frame may have been remapped by `set_slot`, so the block is scanned: 512 loads for 2 MiB, once a fill.
+        // Any frame may have been remapped by `set_slot`, so the block is scanned: 512 loads for 2 MiB, once a fill. The
+        // last frame is asked first: in the block where memory ends, that saves a scan of up to 1 GiB at every fault.
+        let last = size.frames() - 1;
         let whole = frame.0.is_multiple_of(size.frames())
-            && (first..first + size.frames())
-                .all(|g| self.map.get(Gfn(g)) == Slot::Ram(Hfn(frame.0 + g - first)));
+            && self.map.get(Gfn(first + last)) == Slot::Ram(Hfn(frame.0 + last))
+            && (first..first + last).all(|g| self.map.get(Gfn(g)) == Slot::Ram(Hfn(frame.0 + g - first)));
         whole.then_some(frame)
     }
 

@@ -414,10 +414,14 @@ mod tests {
                 Entry::Table { base, .. } | Entry::Leaf { base, .. } => base >> bits == 0 && base & 0xfff == 0,
                 _ => true,
             };
-            prop_assert!(check(Long { levels: 5, nxe, phys_bits: bits, gib_pages: true }.decode(raw, level)));
-            prop_assert!(check(Ept { phys_bits: bits, accessed_dirty: nxe }.decode(raw, level.min(4))));
-            prop_assert!(check(Pae { nxe, phys_bits: bits }.decode(raw, level.min(2))));
-            prop_assert!(check(Legacy32 { pse: nxe, phys_bits: bits }.decode(raw & 0xffff_ffff, level.min(2))));
+            let long = Long { levels: 5, nxe, phys_bits: bits, gib_pages: true };
+            let ept = Ept { phys_bits: bits, accessed_dirty: nxe };
+            let pae = Pae { nxe, phys_bits: bits };
+            let legacy = Legacy32 { pse: nxe, phys_bits: bits };
+            prop_assert!(check(long.decode(raw, level)));
+            prop_assert!(check(ept.decode(raw, level.min(4))));
+            prop_assert!(check(pae.decode(raw, level.min(2))));
+            prop_assert!(check(legacy.decode(raw & 0xffff_ffff, level.min(2))));
         }
     }
 }

@@ -92,8 +92,9 @@ pub struct NestedMemory<'a> {
 }
 
 impl<'a> NestedMemory<'a> {
-    /// Guest-physical memory behind the EPT table at `root`. Pages in `absent` read as all ones and swallow flags: the
-    /// backend has said that nothing is there.
+    /// Guest-physical memory behind the EPT table at `root`. `absent` names the pages (base addresses) of which the
+    /// backend has said that the faulting access goes to no memory: where EPT refuses a page named there, reads give all
+    /// ones and flags are lost. So tables in ROM are read as they are and lose only their flags.
     #[inline]
     pub fn new(host: &'a HostMemory, format: Ept, root: Hpa, absent: &'a [Gpa]) -> Self {
         Self { host, tables: HostTables::new(host), format, root, absent, guest_references: 0 }
@@ -136,20 +137,22 @@ impl TableMemory for NestedMemory<'_> {
     fn load(&mut self, address: u64, bytes: u64) -> Result<u64, EptFault> {
         let gpa = Gpa(address);
         self.guest_references += 1;
-        if self.is_absent(gpa) {
-            return Ok(all_ones(bytes));
-        }
-        let hpa = self.entry(gpa, AccessKind::Read)?;
+        let hpa = match self.entry(gpa, AccessKind::Read) {
+            Ok(hpa) => hpa,
+            Err(_) if self.is_absent(gpa) => return Ok(all_ones(bytes)),
+            Err(fault) => return Err(fault),
+        };
         let raw = if bytes == 4 { self.host.read_u32(hpa).map(u64::from) } else { self.host.read_u64(hpa) };
         Ok(raw.unwrap_or(all_ones(bytes)))
     }
 
     fn compare_exchange(&mut self, address: u64, bytes: u64, old: u64, new: u64) -> Result<bool, EptFault> {
         let gpa = Gpa(address);
-        if self.is_absent(gpa) {
-            return Ok(true);
-        }
-        let hpa = self.entry(gpa, AccessKind::Write)?;
+        let hpa = match self.entry(gpa, AccessKind::Write) {
+            Ok(hpa) => hpa,
+            Err(_) if self.is_absent(gpa) => return Ok(true),
+            Err(fault) => return Err(fault),
+        };
         let done = if bytes == 4 {
             self.host.compare_exchange_u32(hpa, old as u32, new as u32)
         } else {
@@ -177,6 +180,9 @@ pub struct NestedTranslation {
     pub hpa: Hpa,
     /// What the guest's tables said.
     pub guest: Translation,
+    /// What EPT said: a TLB entry permits no write without its write right *and* its dirty flag, whatever the guest's
+    /// tables say, or the next write would pass ROM, the dirty log and the flag by.
+    pub nested: Translation,
     /// The size that both dimensions share.
     pub size: PageSize,
 }
@@ -198,5 +204,11 @@ pub fn walk_nested(
         fault.qualification |= EptQualification::LINEAR_VALID | EptQualification::LINEAR_FINAL;
         NestedFault::Ept(fault)
     })?;
-    Ok(NestedTranslation { gpa, hpa: Hpa(nested.physical(gpa.0)), guest, size: guest.size.min(nested.size) })
+    Ok(NestedTranslation {
+        gpa,
+        hpa: Hpa(nested.physical(gpa.0)),
+        guest,
+        nested,
+        size: guest.size.min(nested.size),
+    })
 }
