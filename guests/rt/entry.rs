@@ -140,6 +140,7 @@ pub fn end_of_image() -> u64 {
 }
 
 extern "C" fn start() -> ! {
+    crate::io::install();
     crate::descriptors::install();
     crate::frames::install();
     // SAFETY: every guest defines it with the `guest!` macro.

@@ -55,6 +55,13 @@ pub fn outl(port: u16, value: u32) {
     unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags)) };
 }
 
+/// Sets the serial line to 115200 baud, eight bits, no parity, FIFOs on, no interrupts.
+pub fn install() {
+    for (register, value) in [(1, 0), (3, 0x83), (0, 1), (1, 0), (3, 3), (2, 7), (4, 3)] {
+        outb(COM1 + register, value);
+    }
+}
+
 /// Sends one byte when the transmitter is empty (LSR bit 5).
 pub fn send(byte: u8) {
     while inb(COM1 + 5) & 0x20 == 0 {}
