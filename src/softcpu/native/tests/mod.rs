@@ -1,0 +1,7 @@
+//! Tests of native stubs against the processor itself.
+
+mod differential;
+mod fast;
+mod hostile;
+mod reference;
+mod sample;
