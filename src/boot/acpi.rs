@@ -49,6 +49,8 @@ pub struct AcpiConfig {
     pub cpus: u8,
     /// The id in the I/O APIC's own register.
     pub ioapic_id: u8,
+    /// Whether PM1a_EVT has the power button's bits, so that the host can ask the guest to shut down.
+    pub power_button: bool,
     /// Whether there is a PS/2 keyboard behind the 8042 (the controller itself is always there).
     pub keyboard: bool,
     /// Whether there is a PS/2 mouse.
@@ -63,12 +65,13 @@ impl Default for AcpiConfig {
             pm1a_evt: 0x600,
             pm1a_cnt: 0x604,
             pm_tmr: 0x608,
-            reset_port: 0x64,
-            reset_value: 0xfe,
+            reset_port: 0xcf9,
+            reset_value: 0x06,
             sci_irq: 9,
             s5_slp_typ: 5,
             cpus: 1,
             ioapic_id: 0,
+            power_button: true,
             keyboard: true,
             mouse: false,
             vga: false,

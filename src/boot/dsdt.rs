@@ -70,7 +70,11 @@ fn processor(id: u8) -> Encoded {
 /// The legacy devices under `\_SB_`.
 fn devices(config: &AcpiConfig) -> Vec<Encoded> {
     let mut devices: Vec<Encoded> = (0..config.cpus).map(processor).collect();
-    devices.push(device("PIC_", "PNP0000", vec![&ports(0x20, 2), &ports(0xa0, 2), &Irq(2)]));
+    devices.push(device(
+        "PIC_",
+        "PNP0000",
+        vec![&ports(0x20, 2), &ports(0xa0, 2), &ports(0x4d0, 2), &Irq(2)],
+    ));
     devices.push(device("TIMR", "PNP0100", vec![&ports(0x40, 4), &Irq(0)]));
     devices.push(device("RTC_", "PNP0B00", vec![&ports(0x70, 2), &Irq(8)]));
     devices.push(device("SPKR", "PNP0800", vec![&ports(0x61, 1)]));

@@ -30,11 +30,14 @@ pub(crate) fn fadt(config: &AcpiConfig, dsdt: u64, facs: u64) -> FADT {
         .dsdt_32(dsdt as u32)
         .flag(Flags::Wbinvd)
         .flag(Flags::ProcC1)
-        // "No fixed power or sleep button", and "no RTC wake status in fixed registers".
-        .flag(Flags::PwrButton)
+        // "No fixed sleep button", and "no RTC wake status in fixed registers".
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc)
         .flag(Flags::ResetRegSup);
+    if !config.power_button {
+        // The flag says that a control method replaces the fixed button; none does, so there is no button.
+        fadt = fadt.flag(Flags::PwrButton);
+    }
     fadt.x_dsdt = dsdt.into();
     fadt.sci_int = u16::from(config.sci_irq).into();
     // SMI_CMD stays 0: there is no system management mode, the machine is always in ACPI mode.

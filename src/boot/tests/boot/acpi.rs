@@ -90,8 +90,8 @@ fn the_fadt_describes_fixed_hardware_twice_and_alike() {
         pm1a_evt: 0xb000,
         pm1a_cnt: 0xb004,
         pm_tmr: 0xb008,
-        reset_port: 0xcf9,
-        reset_value: 6,
+        reset_port: 0x64,
+        reset_value: 0xfe,
         sci_irq: 10,
         ..AcpiConfig::default()
     });
@@ -115,7 +115,7 @@ fn the_fadt_describes_fixed_hardware_twice_and_alike() {
     let flags = u32_at(&fadt, 112);
     assert_eq!(flags & 1 << 20, 0, "full hardware");
     assert_eq!(flags & 1 << 10, 1 << 10, "a reset register");
-    assert_eq!((fadt[116], u64_at(&fadt, 120), fadt[128]), (1, 0xcf9, 6));
+    assert_eq!((fadt[116], u64_at(&fadt, 120), fadt[128]), (1, 0x64, 0xfe));
     assert!(u16_at(&fadt, 96) > 100 && u16_at(&fadt, 98) > 1000, "no C2 and no C3");
 }
 
@@ -139,6 +139,14 @@ fn vga_changes_its_flag_only() {
     assert_eq!(u16_at(&vga, 109), 0b11);
     let differ: Vec<_> = (0..276).filter(|&at| plain[at] != vga[at]).collect();
     assert_eq!(differ, [9, 109], "the checksum and the flag");
+}
+
+#[test]
+fn the_power_buttons_flag_means_its_absence() {
+    let with = Firmware::new(AcpiConfig::default()).by_signature(b"FACP");
+    let without =
+        Firmware::new(AcpiConfig { power_button: false, ..AcpiConfig::default() }).by_signature(b"FACP");
+    assert_eq!((u32_at(&with, 112) & 1 << 4, u32_at(&without, 112) & 1 << 4), (0, 1 << 4));
 }
 
 /// The structures of a MADT: `(type, body)`.
