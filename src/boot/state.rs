@@ -63,25 +63,25 @@ pub struct Segment {
     pub base: u64,
     /// Limit in bytes, inclusive, granularity already applied.
     pub limit: u32,
-    /// Access rights in the format of a VMCS (SDM Vol. 3, 25.4.1): bits 7:0 are the descriptor's
-    /// type, S, DPL and P; bits 15:12 its AVL, L, D/B and G.
-    pub access: u32,
+    /// Bits 40 to 55 of the descriptor, which is also the format of a VMCS (SDM Vol. 3, 25.4.1): bits 7:0
+    /// are type, S, DPL and P; bits 15:12 are AVL, L, D/B and G.
+    pub attributes: u16,
 }
 
 impl Segment {
     /// Type field: 4 bits.
     pub fn kind(&self) -> u8 {
-        (self.access & 0xf) as u8
+        (self.attributes & 0xf) as u8
     }
 
     /// Descriptor privilege level.
     pub fn dpl(&self) -> u8 {
-        (self.access >> 5 & 3) as u8
+        (self.attributes >> 5 & 3) as u8
     }
 
     /// One attribute bit: S is 4, P 7, AVL 12, L 13, D/B 14, G 15.
     pub fn bit(&self, n: u32) -> bool {
-        self.access >> n & 1 != 0
+        self.attributes >> n & 1 != 0
     }
 
     /// The first eight bytes of the descriptor that loads this segment.
@@ -89,7 +89,7 @@ impl Segment {
         let limit = u64::from(if self.bit(15) { self.limit >> 12 } else { self.limit });
         (limit & 0xffff)
             | (self.base & 0xff_ffff) << 16
-            | u64::from(self.access & 0xf0ff) << 40
+            | u64::from(self.attributes & 0xf0ff) << 40
             | (limit >> 16 & 0xf) << 48
             | (self.base >> 24 & 0xff) << 56
     }
@@ -157,13 +157,13 @@ pub struct BootState {
 }
 
 /// Flat data segment, read and write, accessed.
-const DATA: Segment = Segment { selector: 0x18, base: 0, limit: u32::MAX, access: 0xc093 };
+const DATA: Segment = Segment { selector: 0x18, base: 0, limit: u32::MAX, attributes: 0xc093 };
 /// Flat 32-bit code segment, execute and read, accessed.
-const CODE32: Segment = Segment { selector: 0x10, base: 0, limit: u32::MAX, access: 0xc09b };
+const CODE32: Segment = Segment { selector: 0x10, base: 0, limit: u32::MAX, attributes: 0xc09b };
 /// 64-bit code segment, execute and read, accessed.
-const CODE64: Segment = Segment { selector: 0x10, base: 0, limit: u32::MAX, access: 0xa09b };
+const CODE64: Segment = Segment { selector: 0x10, base: 0, limit: u32::MAX, attributes: 0xa09b };
 /// Busy 32-bit or 64-bit TSS (the type number is the same) of the least length, at address 0.
-const TASK: Segment = Segment { selector: 0x20, base: 0, limit: 0x67, access: 0x008b };
+const TASK: Segment = Segment { selector: 0x20, base: 0, limit: 0x67, attributes: 0x008b };
 
 impl BootState {
     /// The state for `rip` in `mode`; registers of the protocol are the caller's to add.
@@ -214,7 +214,7 @@ mod tests {
         assert_eq!(CODE32.descriptor(), 0x00cf_9b00_0000_ffff);
         assert_eq!(DATA.descriptor(), 0x00cf_9300_0000_ffff);
         assert_eq!(TASK.descriptor(), 0x0000_8b00_0000_0067);
-        let based = Segment { selector: 8, base: 0x1234_5678, limit: 0xf_abcd, access: 0x4093 };
+        let based = Segment { selector: 8, base: 0x1234_5678, limit: 0xf_abcd, attributes: 0x4093 };
         assert_eq!(based.descriptor(), 0x124f_9334_5678_abcd);
     }
 
