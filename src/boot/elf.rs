@@ -83,6 +83,14 @@ impl<'a> ElfImage<'a> {
         if kind != ET_EXEC && kind != ET_DYN {
             return refuse(WHAT, "e_type", kind.0, "not an executable (2 or 3)");
         }
+        let what = "the ELF program headers";
+        let have = image.len() as u64;
+        let count = header.phnum(endian, image).map_err(damaged("the number of program headers"))?;
+        let table = u64::from(count) * u64::from(header.e_phentsize(endian));
+        let need = header.e_phoff(endian).into().saturating_add(table);
+        if need > have {
+            return Err(BootError::Truncated { what, need, have });
+        }
         let headers = header.program_headers(endian, image).map_err(damaged("the program headers"))?;
         let mut elf = Self {
             wide: header.is_class_64(),

@@ -63,7 +63,7 @@ pub enum BootError {
 
     /// Something would lie outside the guest's RAM.
     #[error(
-        "placing {what} at {gpa:#x}, {len:#x} bytes: not all of that is RAM below the 4 GiB hole, which ends at {ram_end:#x}"
+        "placing {what} at {gpa:#x}, {len:#x} bytes: not all of that is RAM, which ends at {ram_end:#x} below the hole for devices"
     )]
     OutsideRam {
         /// What was to be placed.
