@@ -81,6 +81,11 @@ pub const CATALOG: &[Entry] = &[
         "maps pages at first touch by its own #PF handler, then pages with too few frames",
     ),
     guest(
+        "ptemod",
+        Group::Memory,
+        "page-table storms: every kind of store, three views, with and without INVLPG",
+    ),
+    guest(
         "faults",
         Group::Memory,
         "page faults of every kind on every level, restarts in mid-instruction, double faults",

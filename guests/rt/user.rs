@@ -10,9 +10,9 @@ use crate::{
 /// The vector of the gate through which user code gives control back.
 pub const BACK: u64 = 0x30;
 /// Where guests map the image's user code.
-pub const CODE: u64 = paging::LOW + 0x4000_0000;
+pub const CODE: u64 = paging::LOW + 0x70_0000_0000;
 /// The top of the user stack that `map` makes.
-pub const STACK_TOP: u64 = paging::LOW + 0x5000_0000;
+pub const STACK_TOP: u64 = paging::LOW + 0x70_1000_0000;
 
 unsafe extern "C" {
     static user_code_start: u8;
