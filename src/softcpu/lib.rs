@@ -1,1 +1,26 @@
-//! The software CPU: decode, execute, translation look-aside buffer, hardware walk, exceptions.
+//! The software CPU: an x86-64 processor in real, protected, compatibility and long mode, deterministic to the bit.
+//!
+//! The path of one access: [`engine`] finds the block at RIP ([`cache`], [`decode`]), runs its [`op`]s ([`exec`]), whose
+//! memory operands go through [`memory`]: a [`tlb`] hit, or the hardware walk ([`mmu::walk`], [`mmu::nested`]), or an exit.
+//! Exceptions and interrupts are delivered by [`exceptions`]; [`segments`] loads descriptors; [`model`] says what CPUID
+//! says.
+//!
+//! Read in this order: [`core`], [`engine`], [`memory`], [`tlb`], [`cache`], [`decode`], [`op`], [`exec`], [`exceptions`].
+
+pub mod cache;
+pub mod core;
+pub mod decode;
+pub mod engine;
+pub mod exceptions;
+pub mod exec;
+pub mod flags;
+pub mod memory;
+pub mod model;
+pub mod op;
+pub mod segments;
+pub mod tlb;
+pub mod vector;
+pub mod width;
+
+pub use engine::SoftCpu;
+pub use model::CpuModel;

@@ -75,7 +75,7 @@ impl Reference {
     }
 
     /// Assembles around the instruction; returns the addresses of the instruction and of what follows it.
-    fn assemble(&self, instruction: &Instruction) -> (u64, u64) {
+    fn assemble(&self, instruction: &Instruction, shift: u64) -> (u64, u64) {
         let registers = [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
         let mut a = CodeAssembler::new(64).unwrap();
         for register in [rbx, rbp, r12, r13, r14, r15] {
@@ -103,7 +103,7 @@ impl Reference {
             op.set_memory_index(Register::None);
             op.set_memory_index_scale(1);
             op.set_memory_displ_size(8);
-            op.set_memory_displacement64(self.at(MEM));
+            op.set_memory_displacement64(self.at(MEM) + shift);
         }
         let mut encoder = Encoder::new(64);
         encoder.encode(&op, start).unwrap_or_else(|error| panic!("{:?}: {error}", op.code()));
@@ -141,7 +141,24 @@ impl Reference {
         gprs: &[u64; 16],
         rflags: u64,
     ) -> Seen {
-        let (start, end) = self.assemble(instruction);
+        let (start, end) = self.assemble(instruction, 0);
+        self.run_assembled(start, end, context, gprs, rflags)
+    }
+
+    /// Whether the processor refuses a memory operand that is not aligned.
+    pub fn wants_alignment(&self, instruction: &Instruction, context: &FpuContext) -> bool {
+        let (start, end) = self.assemble(instruction, 1);
+        self.run_assembled(start, end, context, &[0; 16], 2).trapped
+    }
+
+    fn run_assembled(
+        &self,
+        start: u64,
+        end: u64,
+        context: &FpuContext,
+        gprs: &[u64; 16],
+        rflags: u64,
+    ) -> Seen {
         self.put(FX, context.image());
         self.put(MEM, &context.mem);
         for (number, value) in gprs.iter().enumerate() {
@@ -182,16 +199,18 @@ impl Drop for Reference {
     }
 }
 
-/// Lets SIGFPE in a watched instruction continue after it, on a stack of its own since RSP may be the guest's.
+/// Lets SIGFPE and SIGSEGV in a watched instruction continue after it, on a stack of its own since RSP may be the guest's.
 pub fn catch_signals() {
     static HANDLER: Once = Once::new();
     HANDLER.call_once(|| {
         // SAFETY: an all-zero sigaction is valid, and the handler has the signature that SA_SIGINFO wants.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = on_fpe as *const () as usize;
+            action.sa_sigaction = on_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-            assert_eq!(libc::sigaction(libc::SIGFPE, &action, std::ptr::null_mut()), 0);
+            for signal in [libc::SIGFPE, libc::SIGSEGV] {
+                assert_eq!(libc::sigaction(signal, &action, std::ptr::null_mut()), 0);
+            }
         }
     });
     // Rust gives every thread an alternate stack only if it handles SIGSEGV there; make sure of one.
@@ -202,7 +221,7 @@ pub fn catch_signals() {
     assert_eq!(unsafe { libc::sigaltstack(&alternate, std::ptr::null_mut()) }, 0);
 }
 
-extern "C" fn on_fpe(_signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+extern "C" fn on_signal(_signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let context = context.cast::<libc::ucontext_t>();
     // SAFETY: the kernel passes a valid context to a handler with SA_SIGINFO.
     let rip = unsafe { &mut (*context).uc_mcontext.gregs[libc::REG_RIP as usize] };

@@ -1,0 +1,427 @@
+//! The state of one software CPU while it runs: registers, hidden segment state, TLB, what an instruction under way has
+//! asked the VMM and been answered.
+//!
+//! Instruction handlers get `&mut Core` and nothing else; decoded blocks live apart ([`crate::cache`]), so that a handler
+//! cannot pull the code it runs in from under itself.
+
+use crate::exceptions::{Event, Exception};
+use crate::flags::{Flags, bit};
+use crate::memory::Override;
+use crate::op::{REG_IP, Stop};
+use crate::tlb::{Tlb, TlbMode};
+use crate::width::REG_SLOTS;
+use guestmem::{Gpa, GuestMemory, Gva, Hpa};
+use mmu::paging::bits as paging_bits;
+use mmu::{Counter, Counters, Intercepts, PagingState, TableRoot};
+use std::sync::Arc;
+use vcpu::state::seg;
+use vcpu::{Answer, Exit, Segment, TableRegister, TableStore, VcpuError};
+
+bitflags::bitflags! {
+    /// What must be looked at before the next instruction.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Attention: u32 {
+        /// An event is to be delivered ([`Core::event`]).
+        const EVENT = 1 << 0;
+        /// An NMI is queued.
+        const NMI = 1 << 1;
+        /// The VMM wants to know when an interrupt can be delivered.
+        const WINDOW = 1 << 2;
+        /// Interrupts are held off for the next instruction (STI, MOV SS, POP SS).
+        const SHADOW = 1 << 3;
+        /// EFLAGS.TF or a breakpoint register asks for a look at each instruction.
+        const DEBUG = 1 << 4;
+        /// The instruction under way has answers or overrides: execute it alone, then drop them.
+        const TRANSIENT = 1 << 5;
+        /// HLT.
+        const HALTED = 1 << 6;
+        /// Shut down after a triple fault.
+        const SHUTDOWN = 1 << 7;
+        /// The next instruction writes decoded bytes: execute it alone.
+        const CODE_WRITE = 1 << 8;
+        /// Stores to guest tables are to be reported.
+        const TABLE_STORES = 1 << 9;
+    }
+}
+
+/// Model-specific registers that the CPU holds itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Msrs {
+    /// IA32_STAR.
+    pub star: u64,
+    /// IA32_LSTAR.
+    pub lstar: u64,
+    /// IA32_CSTAR.
+    pub cstar: u64,
+    /// IA32_FMASK.
+    pub sfmask: u64,
+    /// IA32_KERNEL_GS_BASE.
+    pub kernel_gs_base: u64,
+    /// IA32_SYSENTER_CS.
+    pub sysenter_cs: u64,
+    /// IA32_SYSENTER_ESP.
+    pub sysenter_esp: u64,
+    /// IA32_SYSENTER_EIP.
+    pub sysenter_eip: u64,
+    /// IA32_PAT.
+    pub pat: u64,
+    /// IA32_TSC_AUX.
+    pub tsc_aux: u64,
+    /// Added to ticks to give the time-stamp counter (as WRMSR to IA32_TIME_STAMP_COUNTER leaves it).
+    pub tsc_offset: u64,
+    /// IA32_MISC_ENABLE.
+    pub misc_enable: u64,
+    /// Fixed- and variable-range MTRRs and the default type: held, with no effect, as memory types have none here.
+    pub mtrr: [u64; 32],
+}
+
+/// The 512-byte FXSAVE image that holds x87, MMX and SSE state.
+#[derive(Clone, Debug)]
+#[repr(C, align(64))]
+pub struct FxState(pub [u8; 512]);
+
+impl Default for FxState {
+    /// After reset (SDM Vol. 3 table 10-1): FCW 0x40, MXCSR 0x1f80.
+    fn default() -> Self {
+        let mut image = [0; 512];
+        image[0] = 0x40;
+        image[4] = 0xff;
+        image[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
+        image[28..32].copy_from_slice(&crate::model::MXCSR_MASK.to_le_bytes());
+        Self(image)
+    }
+}
+
+/// The state of one CPU.
+pub struct Core {
+    /// 0–15: general registers; 16: zero; 17: RIP; the rest unused. While a block runs RIP is that of its first
+    /// instruction.
+    pub regs: [u64; REG_SLOTS],
+    /// RFLAGS.
+    pub flags: Flags,
+    /// Segment bases as 64-bit addressing adds them: zero but for FS and GS.
+    pub seg_base64: [u64; 8],
+    /// The TLB.
+    pub tlb: Tlb,
+    /// Where host memory is mapped in this process.
+    pub host_base: u64,
+    /// Guest and host memory.
+    pub memory: Arc<GuestMemory>,
+    /// 64-bit mode: CS.L in long mode.
+    pub mode64: bool,
+    /// Current privilege level.
+    pub cpl: u8,
+    /// Bits of RIP that count: 16, 32 or 64 of them.
+    pub ip_mask: u64,
+    /// What decoding depends on, as a key for decoded blocks: see [`crate::cache`].
+    pub code_key: u64,
+    /// What must be looked at before the next instruction.
+    pub attention: Attention,
+    /// Virtual time.
+    pub ticks: u64,
+    /// Ticks that were added and not executed.
+    pub added_ticks: u64,
+    /// When to stop.
+    pub deadline: u64,
+
+    /// ES, CS, SS, DS, FS, GS.
+    pub segments: [Segment; 6],
+    /// LDTR.
+    pub ldtr: Segment,
+    /// TR.
+    pub tr: Segment,
+    /// GDTR.
+    pub gdtr: TableRegister,
+    /// IDTR.
+    pub idtr: TableRegister,
+    /// CR0, CR3, CR4, EFER, PKRU, PDPTEs.
+    pub paging: PagingState,
+    /// CR2.
+    pub cr2: u64,
+    /// XCR0.
+    pub xcr0: u64,
+    /// DR0–DR3, DR6, DR7.
+    pub debug: [u64; 6],
+    /// MSRs.
+    pub msrs: Msrs,
+    /// x87, MMX and SSE.
+    pub fx: FxState,
+    /// The CPU model.
+    pub model: crate::model::CpuModel,
+    /// NMIs are blocked until IRET.
+    pub nmi_blocked: bool,
+
+    /// How the hardware walk finds translations.
+    pub root: TableRoot,
+    /// What exits.
+    pub intercepts: Intercepts,
+    /// What was counted.
+    pub counters: Counters,
+
+    /// The exception that [`Stop::Exception`] stands for.
+    pub exception: Exception,
+    /// The exit that [`Stop::Exit`] stands for.
+    pub exit: Option<Exit>,
+    /// The range that [`Stop::CodeWrite`] is about.
+    pub code_write: (Hpa, u64),
+    /// Ranges of decoded bytes written by the instruction under way, to be dropped when it is complete.
+    pub code_writes_done: Vec<(Hpa, u64)>,
+    /// The event being delivered; it stays until delivery is complete, so that an exit on the way can be resumed.
+    pub event: Option<Event>,
+    /// Answers that the instruction under way has received, in order.
+    pub replay: Vec<Answer>,
+    /// How many of them it has used in this attempt.
+    pub replayed: usize,
+    /// Translations that hold for the instruction under way only.
+    pub overrides: Vec<Override>,
+    /// Guest-physical pages that the nested walk is to find absent, for the instruction under way only.
+    pub absent: Vec<Gpa>,
+    /// Stores done under [`Answer::TableWrite`].
+    pub table_stores: Vec<TableStore>,
+    /// A failure of the engine.
+    pub failure: Option<VcpuError>,
+    /// Native stubs and vector state.
+    pub native: crate::vector::Native,
+}
+
+impl Core {
+    /// Asks the VMM something: gives the answer if the instruction under way has already had it, else stops with the
+    /// exit.
+    pub fn ask(&mut self, exit: Exit) -> Result<Answer, Stop> {
+        if let Some(answer) = self.replay.get(self.replayed) {
+            self.replayed += 1;
+            return Ok(answer.clone());
+        }
+        self.exit = Some(exit);
+        Err(Stop::Exit)
+    }
+
+    /// As [`Self::ask`], for exits that are answered by `Done` or `GeneralProtection`.
+    pub fn ask_done(&mut self, exit: Exit) -> Result<(), Stop> {
+        match self.ask(exit)? {
+            Answer::GeneralProtection => Err(self.gp(0)),
+            _ => Ok(()),
+        }
+    }
+
+    /// As [`Self::ask`], for exits that are answered by a value or `GeneralProtection`.
+    pub fn ask_value(&mut self, exit: Exit) -> Result<u64, Stop> {
+        match self.ask(exit)? {
+            Answer::Value(v) => Ok(v),
+            Answer::GeneralProtection => Err(self.gp(0)),
+            _ => Ok(0),
+        }
+    }
+
+    /// Raises an exception. `return Err(core.raise(...))`.
+    #[cold]
+    pub fn raise(&mut self, exception: Exception) -> Stop {
+        self.exception = exception;
+        Stop::Exception
+    }
+
+    /// #GP with an error code.
+    #[cold]
+    pub fn gp(&mut self, code: u16) -> Stop {
+        self.raise(Exception::with_code(13, code))
+    }
+
+    /// #UD.
+    #[cold]
+    pub fn ud(&mut self) -> Stop {
+        self.raise(Exception::plain(6))
+    }
+
+    /// #NM.
+    #[cold]
+    pub fn nm(&mut self) -> Stop {
+        self.raise(Exception::plain(7))
+    }
+
+    /// #SS with an error code.
+    #[cold]
+    pub fn ss(&mut self, code: u16) -> Stop {
+        self.raise(Exception::with_code(12, code))
+    }
+
+    /// #TS with an error code.
+    #[cold]
+    pub fn ts(&mut self, code: u16) -> Stop {
+        self.raise(Exception::with_code(10, code))
+    }
+
+    /// #NP with an error code.
+    #[cold]
+    pub fn np(&mut self, code: u16) -> Stop {
+        self.raise(Exception::with_code(11, code))
+    }
+
+    /// RIP of the block that runs, or of the next instruction between blocks.
+    #[inline(always)]
+    pub fn ip(&self) -> u64 {
+        self.regs[usize::from(REG_IP)]
+    }
+
+    /// Sets RIP, cut to the mode's width. Only terminators of blocks may.
+    #[inline(always)]
+    pub fn set_ip(&mut self, ip: u64) {
+        self.regs[usize::from(REG_IP)] = ip & self.ip_mask;
+    }
+
+    /// Linear address of an instruction pointer.
+    #[inline(always)]
+    pub fn code_linear(&self, ip: u64) -> u64 {
+        if self.mode64 { ip } else { self.segments[seg::CS].base.wrapping_add(ip) & 0xffff_ffff }
+    }
+
+    /// Protected mode (CR0.PE), virtual-8086 mode included.
+    #[inline]
+    pub fn protected(&self) -> bool {
+        self.paging.cr0 & paging_bits::CR0_PE != 0
+    }
+
+    /// Virtual-8086 mode.
+    #[inline]
+    pub fn v86(&self) -> bool {
+        self.flags.has(bit::VM)
+    }
+
+    /// Long mode is active (64-bit or compatibility mode).
+    #[inline]
+    pub fn long_mode(&self) -> bool {
+        self.paging.efer & paging_bits::EFER_LMA != 0
+    }
+
+    /// Real mode or virtual-8086 mode: selectors are paragraph numbers.
+    #[inline]
+    pub fn real_or_v86(&self) -> bool {
+        !self.protected() || self.v86()
+    }
+
+    /// The time-stamp counter now, not counting the instruction under way.
+    pub fn tsc(&self) -> u64 {
+        self.model.ticks_to_tsc(self.ticks).wrapping_add(self.msrs.tsc_offset)
+    }
+
+    /// Recomputes what depends on segments, control registers, CPL and EFLAGS: call after any of them changed, and end
+    /// the block.
+    pub fn mode_changed(&mut self) {
+        let cs = &self.segments[seg::CS];
+        self.mode64 = self.long_mode() && cs.long();
+        let big = cs.big();
+        self.ip_mask = if self.mode64 {
+            u64::MAX
+        } else if big {
+            0xffff_ffff
+        } else {
+            0xffff
+        };
+        self.seg_base64 = [0; 8];
+        self.seg_base64[seg::FS] = self.segments[seg::FS].base;
+        self.seg_base64[seg::GS] = self.segments[seg::GS].base;
+        let bitness = if self.mode64 {
+            2
+        } else if big {
+            1
+        } else {
+            0
+        };
+        let flat = [seg::DS, seg::ES, seg::SS].iter().all(|&s| self.segments[s].is_flat());
+        let stack_big = self.mode64 || self.segments[seg::SS].big();
+        self.code_key = bitness | u64::from(stack_big) << 2 | u64::from(flat) << 3;
+        self.translation_mode_changed();
+    }
+
+    /// Recomputes what the TLB's context depends on: CR3, CPL, EFLAGS.AC, CR0.AM, CR4.SMAP, breakpoints.
+    pub fn translation_mode_changed(&mut self) {
+        let ac = self.flags.has(bit::AC);
+        let (data, fetch) = if self.cpl == 3 {
+            (TlbMode::User, TlbMode::User)
+        } else if ac {
+            (TlbMode::SupervisorAc, TlbMode::Supervisor)
+        } else {
+            (TlbMode::Supervisor, TlbMode::Supervisor)
+        };
+        let data = if self.alignment_checked() || self.data_breakpoints() { TlbMode::Uncached } else { data };
+        self.tlb.select(self.paging.pcid(), data, fetch);
+        let debug = self.flags.has(bit::TF) || self.debug[5] & 0xff != 0;
+        self.attention.set(Attention::DEBUG, debug);
+    }
+
+    /// Whether misaligned data accesses raise #AC (SDM Vol. 3 §6.15, interrupt 17).
+    #[inline]
+    pub fn alignment_checked(&self) -> bool {
+        self.cpl == 3 && self.paging.cr0 & 1 << 18 != 0 && self.flags.has(bit::AC)
+    }
+
+    /// Whether a breakpoint register watches data or I/O.
+    pub fn data_breakpoints(&self) -> bool {
+        let dr7 = self.debug[5];
+        (0..4).any(|i| dr7 >> (2 * i) & 3 != 0 && dr7 >> (16 + 4 * i) & 3 != 0)
+    }
+
+    /// Sets the CPL and what depends on it.
+    pub fn set_cpl(&mut self, cpl: u8) {
+        self.cpl = cpl;
+        self.translation_mode_changed();
+    }
+
+    /// Sets EFLAGS bits as `mask` permits and recomputes what depends on them.
+    pub fn set_flags_masked(&mut self, value: u64, mask: u64) {
+        let old = self.flags.all();
+        let new = (old & !mask) | (value & mask);
+        self.flags.set_all(new);
+        if (old ^ new) & (bit::AC | bit::TF | bit::VM) != 0 {
+            self.mode_changed();
+        }
+    }
+
+    /// Whether a maskable interrupt can be delivered before the next instruction.
+    pub fn interruptible(&self) -> bool {
+        self.flags.has(bit::IF)
+            && !self.attention.intersects(
+                Attention::SHADOW
+                    | Attention::EVENT
+                    | Attention::TRANSIENT
+                    | Attention::SHUTDOWN
+                    | Attention::CODE_WRITE
+                    | Attention::TABLE_STORES,
+            )
+    }
+
+    /// Drops what held for the instruction under way: it is complete.
+    pub fn end_transient(&mut self) {
+        self.replay.clear();
+        self.replayed = 0;
+        self.overrides.clear();
+        self.absent.clear();
+        self.attention.remove(Attention::TRANSIENT);
+    }
+
+    /// Counts a delivered event.
+    pub fn count_event(&mut self, is_page_fault: bool, is_exception: bool) {
+        if is_page_fault {
+            self.counters.count(Counter::GuestPageFaults);
+        } else if is_exception {
+            self.counters.count(Counter::GuestExceptions);
+        }
+    }
+
+    /// A page fault or canonical violation is about this address.
+    pub fn gva(&self, lin: u64) -> Gva {
+        Gva(lin)
+    }
+}
+
+/// What a flat segment is.
+pub trait FlatSegment {
+    /// Base 0, limit 4 GiB, readable and writable data that grows upwards.
+    fn is_flat(&self) -> bool;
+}
+
+impl FlatSegment for Segment {
+    fn is_flat(&self) -> bool {
+        // Present, S, data (not code), writable, not expand-down; type bit 0 is "accessed".
+        self.base == 0 && self.limit == u32::MAX && self.attributes & 0x9e == 0x92
+    }
+}

@@ -1,0 +1,487 @@
+#![allow(
+    unsafe_code,
+    reason = "guest memory is accessed through host addresses that the TLB holds, checked when filled"
+)]
+//! Data accesses: linear address → TLB hit → host memory; or the hardware walk, a fault, an exit, a device.
+//!
+//! The path of one access begins here. A hit costs one tag compare and one page-crossing compare. A miss walks the
+//! tables that [`mmu::TableRoot`] names: one-dimensionally over shadow tables, two-dimensionally over the guest's tables
+//! through EPT (SDM Vol. 3 §4, §29.3). What the walk cannot resolve is the guest's own fault or an exit.
+//!
+//! Rules that make restarting an instruction safe: an access that can stop stops before anything was changed, and every
+//! part of an access is translated before the first byte is written.
+
+use crate::core::{Attention, Core};
+use crate::exceptions::Exception;
+use crate::op::Stop;
+use crate::tlb::{TlbMode, TlbSide};
+use crate::width::Width;
+use guestmem::{FrameMark, Gpa, Gva, Hpa, PAGE_SIZE, PageSize};
+use mmu::nested::{NestedFault, NestedMemory, walk_nested};
+use mmu::walk::{HostTables, walk_access};
+use mmu::{Access, AccessKind, Counter, Fault, FaultKind, Intercepts, PageFault, Privilege, TableRoot};
+use vcpu::state::seg;
+use vcpu::{Exit, TableStore, VcpuError};
+
+/// A translation that the VMM gave for one access of one instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Override {
+    /// Linear page address.
+    pub page: u64,
+    /// For which accesses.
+    pub kind: AccessKind,
+    /// Where they go.
+    pub target: OverrideTarget,
+}
+
+/// Where an overridden access goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OverrideTarget {
+    /// To the devices, at this guest-physical page.
+    Mmio(Gpa),
+    /// To a guest table: guest-physical and host-physical page.
+    Table(Gpa, Hpa),
+}
+
+/// Where an access ends up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    Memory(Hpa),
+    Table(Gpa, Hpa),
+    Mmio(Gpa),
+}
+
+/// On whose behalf an access is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// The instruction's, at the current privilege level.
+    Current,
+    /// The CPU's own, to a system structure.
+    System,
+}
+
+/// The segment that an access is charged to when it is not canonical: #SS for SS, else #GP.
+pub type SegIndex = u8;
+
+impl Core {
+    /// Reads `W` at a linear address.
+    #[inline(always)]
+    pub fn load<W: Width>(&mut self, lin: u64, segment: SegIndex) -> Result<u64, Stop> {
+        if lin & 0xfff <= PAGE_SIZE - W::BYTES as u64
+            && let Some(addend) = self.tlb.read.lookup(lin, self.tlb.key)
+        {
+            // SAFETY: the entry was filled for this page by `fill`, which checked that the whole page lies in host
+            // memory, mapped for as long as `self.memory` lives; the access does not leave the page.
+            return Ok(unsafe { W::read(lin.wrapping_add(addend) as *const u8) });
+        }
+        self.load_slow(lin, W::BYTES as u64, segment)
+    }
+
+    /// Writes `W` at a linear address.
+    #[inline(always)]
+    pub fn store<W: Width>(&mut self, lin: u64, value: u64, segment: SegIndex) -> Result<(), Stop> {
+        if lin & 0xfff <= PAGE_SIZE - W::BYTES as u64
+            && let Some(addend) = self.tlb.write.lookup(lin, self.tlb.key)
+        {
+            // SAFETY: as in `load`; write entries are filled only for frames that may be written without a look.
+            unsafe { W::write(lin.wrapping_add(addend) as *mut u8, value) };
+            return Ok(());
+        }
+        self.store_slow(lin, W::BYTES as u64, value, segment)
+    }
+
+    /// Reads `W`, lets `f` compute what is written back, and writes it. `f` may change the flags; when the write stops,
+    /// they are put back, so that nothing has changed.
+    #[inline(always)]
+    pub fn modify<W: Width>(
+        &mut self,
+        lin: u64,
+        segment: SegIndex,
+        f: impl FnOnce(&mut Core, u64) -> u64,
+    ) -> Result<(), Stop> {
+        if lin & 0xfff <= PAGE_SIZE - W::BYTES as u64
+            && let Some(addend) = self.tlb.write.lookup(lin, self.tlb.key)
+        {
+            let ptr = lin.wrapping_add(addend) as *mut u8;
+            // SAFETY: as in `store`.
+            let old = unsafe { W::read(ptr) };
+            let new = f(self, old);
+            // SAFETY: as above; `f` computes and does not touch the TLB.
+            unsafe { W::write(ptr, new) };
+            return Ok(());
+        }
+        self.check_write(lin, W::BYTES as u64, segment)?;
+        let old = self.load_slow(lin, W::BYTES as u64, segment)?;
+        let flags = self.flags;
+        let new = f(self, old);
+        let done = self.store_slow(lin, W::BYTES as u64, new, segment);
+        if done.is_err() {
+            self.flags = flags;
+        }
+        done
+    }
+
+    /// Stops as a write of `len` bytes would, without writing. `len` is at most a page.
+    #[inline]
+    pub fn check_write(&mut self, lin: u64, len: u64, segment: SegIndex) -> Result<(), Stop> {
+        if lin & 0xfff <= PAGE_SIZE - len && self.tlb.write.lookup(lin, self.tlb.key).is_some() {
+            return Ok(());
+        }
+        for (at, part) in self.pieces(lin, len) {
+            let target = self.translate(at, AccessKind::Write, Who::Current, segment, len)?;
+            self.check_code(target, part)?;
+        }
+        Ok(())
+    }
+
+    /// Stops as a read of `len` bytes would.
+    pub fn check_read(&mut self, lin: u64, len: u64, segment: SegIndex) -> Result<(), Stop> {
+        for (at, _) in self.pieces(lin, len) {
+            self.translate(at, AccessKind::Read, Who::Current, segment, len)?;
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn load_slow(&mut self, lin: u64, len: u64, segment: SegIndex) -> Result<u64, Stop> {
+        let mut bytes = [0; 8];
+        self.load_bytes(lin, &mut bytes[..len as usize], segment)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    #[cold]
+    fn store_slow(&mut self, lin: u64, len: u64, value: u64, segment: SegIndex) -> Result<(), Stop> {
+        self.store_bytes(lin, &value.to_le_bytes()[..len as usize], segment)
+    }
+
+    /// Reads bytes at a linear address; at most a page of them.
+    pub fn load_bytes(&mut self, lin: u64, out: &mut [u8], segment: SegIndex) -> Result<(), Stop> {
+        self.load_as(lin, out, Who::Current, segment)
+    }
+
+    /// Writes bytes at a linear address; at most a page of them.
+    pub fn store_bytes(&mut self, lin: u64, data: &[u8], segment: SegIndex) -> Result<(), Stop> {
+        self.store_as(lin, data, Who::Current, segment)
+    }
+
+    /// Reads a little-endian integer of `len` bytes from a system structure (GDT, LDT, IDT, TSS).
+    pub fn load_system(&mut self, lin: u64, len: usize) -> Result<u64, Stop> {
+        let mut bytes = [0; 8];
+        self.load_as(lin, &mut bytes[..len], Who::System, seg::DS as u8)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Writes a little-endian integer of `len` bytes to a system structure.
+    pub fn store_system(&mut self, lin: u64, value: u64, len: usize) -> Result<(), Stop> {
+        self.store_as(lin, &value.to_le_bytes()[..len], Who::System, seg::DS as u8)
+    }
+
+    /// Reads bytes on behalf of `who`.
+    pub fn load_as(&mut self, lin: u64, out: &mut [u8], who: Who, segment: SegIndex) -> Result<(), Stop> {
+        let len = out.len() as u64;
+        let mut targets = [(Target::Mmio(Gpa(0)), 0u64); 2];
+        let mut count = 0;
+        for (at, part) in self.pieces(lin, len) {
+            targets[count] = (self.translate(at, AccessKind::Read, who, segment, len)?, part);
+            count += 1;
+        }
+        let mut done = 0;
+        for &(target, part) in &targets[..count] {
+            let piece = &mut out[done..done + part as usize];
+            match target {
+                Target::Memory(hpa) | Target::Table(_, hpa) => {
+                    self.memory.host().read(hpa, piece);
+                }
+                Target::Mmio(gpa) => self.read_device(gpa, piece)?,
+            }
+            done += part as usize;
+        }
+        Ok(())
+    }
+
+    /// Writes bytes on behalf of `who`.
+    pub fn store_as(&mut self, lin: u64, data: &[u8], who: Who, segment: SegIndex) -> Result<(), Stop> {
+        let len = data.len() as u64;
+        let mut targets = [(Target::Mmio(Gpa(0)), 0u64); 2];
+        let mut count = 0;
+        for (at, part) in self.pieces(lin, len) {
+            let target = self.translate(at, AccessKind::Write, who, segment, len)?;
+            self.check_code(target, part)?;
+            targets[count] = (target, part);
+            count += 1;
+        }
+        // Devices first: they may exit, and then nothing may have been written.
+        let mut done = 0;
+        for &(target, part) in &targets[..count] {
+            if let Target::Mmio(gpa) = target {
+                self.write_device(gpa, &data[done..done + part as usize])?;
+            }
+            done += part as usize;
+        }
+        done = 0;
+        for &(target, part) in &targets[..count] {
+            let piece = &data[done..done + part as usize];
+            match target {
+                Target::Memory(hpa) => self.write_host(hpa, piece),
+                Target::Table(gpa, hpa) => {
+                    self.write_host(hpa, piece);
+                    self.table_stores.push(TableStore { gpa, len: part });
+                    self.attention.insert(Attention::TABLE_STORES);
+                }
+                Target::Mmio(_) => {}
+            }
+            done += part as usize;
+        }
+        Ok(())
+    }
+
+    /// The parts of an access on either side of a page boundary. Outside 64-bit mode addresses wrap at 4 GiB.
+    #[inline]
+    fn pieces(&self, lin: u64, len: u64) -> impl Iterator<Item = (u64, u64)> + use<> {
+        let first = (PAGE_SIZE - (lin & 0xfff)).min(len);
+        let mut second = lin.wrapping_add(first);
+        if !self.mode64 && lin >> 32 == 0 {
+            second &= 0xffff_ffff;
+        }
+        [(lin, first), (second, len - first)].into_iter().filter(|&(_, part)| part != 0)
+    }
+
+    /// Writes host memory as the CPU does: without the note that other writers leave, since [`Self::check_code`] saw to it.
+    fn write_host(&mut self, hpa: Hpa, data: &[u8]) {
+        if let Some(slice) = self.memory.host().slice(hpa, data.len()) {
+            slice.copy_from(data);
+        }
+    }
+
+    /// Stops when bytes that were decoded are about to be written, unless the instruction executes alone: then the range
+    /// is noted, and the blocks dropped once more when it is complete.
+    fn check_code(&mut self, target: Target, len: u64) -> Result<(), Stop> {
+        let (Target::Memory(hpa) | Target::Table(_, hpa)) = target else { return Ok(()) };
+        if !self.memory.host().marks(hpa.frame()).contains(FrameMark::CODE) {
+            return Ok(());
+        }
+        if !self.native.code_map.overlaps(hpa, len) {
+            return Ok(());
+        }
+        if self.attention.contains(Attention::CODE_WRITE) {
+            self.code_writes_done.push((hpa, len));
+            return Ok(());
+        }
+        self.code_write = (hpa, len);
+        Err(Stop::CodeWrite)
+    }
+
+    fn read_device(&mut self, gpa: Gpa, out: &mut [u8]) -> Result<(), Stop> {
+        let mut at = gpa;
+        for chunk in out.chunks_mut(8) {
+            let value = self.ask_value(Exit::MmioRead { gpa: at, size: chunk.len() as u8 })?;
+            chunk.copy_from_slice(&value.to_le_bytes()[..chunk.len()]);
+            at = at.wrapping_add(chunk.len() as u64);
+        }
+        Ok(())
+    }
+
+    fn write_device(&mut self, gpa: Gpa, data: &[u8]) -> Result<(), Stop> {
+        let mut at = gpa;
+        for chunk in data.chunks(8) {
+            let mut bytes = [0; 8];
+            bytes[..chunk.len()].copy_from_slice(chunk);
+            let exit = Exit::MmioWrite { gpa: at, size: chunk.len() as u8, value: u64::from_le_bytes(bytes) };
+            self.ask_done(exit)?;
+            at = at.wrapping_add(chunk.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// The host address of `len` bytes that lie in one page and may be accessed directly, filling the TLB; `None` when
+    /// they are a device's, a guest table's or decoded code. For string instructions.
+    #[inline]
+    pub fn direct(
+        &mut self,
+        lin: u64,
+        len: u64,
+        kind: AccessKind,
+        segment: SegIndex,
+    ) -> Result<Option<*mut u8>, Stop> {
+        debug_assert!(lin & 0xfff <= PAGE_SIZE - len);
+        let array = if kind == AccessKind::Write { &self.tlb.write } else { &self.tlb.read };
+        if let Some(addend) = array.lookup(lin, self.tlb.key) {
+            return Ok(Some(lin.wrapping_add(addend) as *mut u8));
+        }
+        let Target::Memory(hpa) = self.translate(lin, kind, Who::Current, segment, 1)? else {
+            return Ok(None);
+        };
+        let decoded =
+            kind == AccessKind::Write && self.memory.host().marks(hpa.frame()).contains(FrameMark::CODE);
+        if decoded || self.tlb.key & 3 == TlbMode::Uncached as u64 {
+            return Ok(None);
+        }
+        Ok(Some(self.host_base.wrapping_add(hpa.0) as *mut u8))
+    }
+
+    /// Translates for a fetch: the host-physical address of a linear one.
+    pub fn translate_fetch(&mut self, lin: u64) -> Result<Hpa, Stop> {
+        let key = self.tlb.fetch_key;
+        let hit = self.tlb.fetch.lookup(lin, key).or_else(|| self.tlb.fetch.lookup_global(lin, key));
+        if let Some(addend) = hit {
+            return Ok(Hpa(lin.wrapping_add(addend).wrapping_sub(self.host_base)));
+        }
+        match self.translate(lin, AccessKind::Execute, Who::Current, seg::CS as u8, 1)? {
+            Target::Memory(hpa) | Target::Table(_, hpa) => Ok(hpa),
+            // Fetching from a device: an empty bus reads as all ones, which decodes to an undefined instruction; real
+            // machines do as they please. The price of not asking the device is nil.
+            Target::Mmio(_) => Err(self.ud()),
+        }
+    }
+
+    /// Translates one address (of an access of `len` bytes in all) that missed the TLB.
+    #[cold]
+    fn translate(
+        &mut self,
+        lin: u64,
+        kind: AccessKind,
+        who: Who,
+        segment: SegIndex,
+        len: u64,
+    ) -> Result<Target, Stop> {
+        if self.mode64 || self.long_mode() && who == Who::System {
+            if !Gva(lin).is_canonical(self.paging.linear_bits()) {
+                return Err(if usize::from(segment) == seg::SS { self.ss(0) } else { self.gp(0) });
+            }
+        }
+        if who == Who::Current && kind != AccessKind::Execute {
+            if len.is_power_of_two() && len <= 8 && lin & (len - 1) != 0 && self.alignment_checked() {
+                return Err(self.raise(Exception::with_code(17, 0)));
+            }
+            self.watch(lin, len, kind);
+        }
+        let page = lin & !0xfff;
+        for o in &self.overrides {
+            if o.page == page && o.kind == kind {
+                return Ok(match o.target {
+                    OverrideTarget::Mmio(gpa) => Target::Mmio(gpa.wrapping_add(lin & 0xfff)),
+                    OverrideTarget::Table(gpa, hpa) => {
+                        Target::Table(gpa.wrapping_add(lin & 0xfff), hpa.wrapping_add(lin & 0xfff))
+                    }
+                });
+            }
+        }
+        let (side, mode) = match kind {
+            AccessKind::Read => (TlbSide::Read, self.tlb.key & 3),
+            AccessKind::Write => (TlbSide::Write, self.tlb.key & 3),
+            AccessKind::Execute => (TlbSide::Fetch, self.tlb.fetch_key & 3),
+        };
+        let key = match who {
+            Who::Current => (self.tlb.key & !3) | mode,
+            Who::System => (self.tlb.key & !3) | TlbMode::Supervisor as u64,
+        };
+        let array = match side {
+            TlbSide::Read => &mut self.tlb.read,
+            TlbSide::Write => &mut self.tlb.write,
+            TlbSide::Fetch => &mut self.tlb.fetch,
+        };
+        if let Some(addend) = array.lookup(lin, key).or_else(|| array.lookup_global(lin, key)) {
+            return Ok(Target::Memory(Hpa(lin.wrapping_add(addend).wrapping_sub(self.host_base))));
+        }
+        let privilege = match who {
+            Who::System => Privilege::Implicit,
+            Who::Current if self.cpl == 3 => Privilege::User,
+            Who::Current => Privilege::Supervisor,
+        };
+        let access = Access { kind, privilege, ac: self.flags.has(crate::flags::bit::AC) };
+        self.walk(lin, &access, side, who)
+    }
+
+    /// The hardware walk.
+    fn walk(&mut self, lin: u64, access: &Access, side: TlbSide, who: Who) -> Result<Target, Stop> {
+        self.counters.count(Counter::TlbMisses);
+        let gva = Gva(lin);
+        let (hpa, size, global) = match self.root {
+            TableRoot::Shadow { root, format, controls } => {
+                let mut tables = HostTables::new(self.memory.host());
+                let Ok(walked) = walk_access(format, root.0, gva, access, &controls, &mut tables, true);
+                let references = tables.references;
+                self.counters.add(Counter::WalkReferences, references);
+                match walked.result {
+                    Ok(t) => (Hpa(t.physical(lin)), t.size, t.global && controls.global),
+                    Err(fault) if self.intercepts.contains(Intercepts::PAGE_FAULT) => {
+                        let kind = FaultKind::Page(fault.code);
+                        self.exit = Some(Exit::Fault(Fault { gva, access: *access, kind }));
+                        return Err(Stop::Exit);
+                    }
+                    Err(fault) => return Err(self.page_fault(fault)),
+                }
+            }
+            TableRoot::Nested { root, format } => {
+                let memory = std::sync::Arc::clone(&self.memory);
+                let absent = std::mem::take(&mut self.absent);
+                let mut nested = NestedMemory::new(memory.host(), format, root, &absent);
+                let result = walk_nested(&self.paging, gva, access, &mut nested);
+                self.counters.add(Counter::WalkReferences, nested.references());
+                self.absent = absent;
+                match result {
+                    Ok(t) => {
+                        let global = t.guest.global && self.paging.controls().global;
+                        (t.hpa, t.guest.size, global)
+                    }
+                    Err(NestedFault::Guest(fault)) => return Err(self.page_fault(fault)),
+                    Err(NestedFault::Ept(f)) => {
+                        let kind = if f.misconfigured {
+                            FaultKind::EptMisconfig { gpa: f.gpa, qualification: f.qualification }
+                        } else {
+                            FaultKind::EptViolation { gpa: f.gpa, qualification: f.qualification }
+                        };
+                        self.exit = Some(Exit::Fault(Fault { gva, access: *access, kind }));
+                        return Err(Stop::Exit);
+                    }
+                }
+            }
+        };
+        self.fill(lin, hpa, size, global, side, who)
+    }
+
+    fn fill(
+        &mut self,
+        lin: u64,
+        hpa: Hpa,
+        size: PageSize,
+        global: bool,
+        side: TlbSide,
+        who: Who,
+    ) -> Result<Target, Stop> {
+        if !self.memory.host().contains(hpa.page_base(), PAGE_SIZE) {
+            self.failure = Some(VcpuError::BadTranslation { gva: Gva(lin), hpa });
+            return Err(Stop::Exit);
+        }
+        let decoded =
+            side == TlbSide::Write && self.memory.host().marks(hpa.frame()).contains(FrameMark::CODE);
+        if who == Who::Current && !decoded {
+            let addend = self.host_base.wrapping_add(hpa.0).wrapping_sub(lin);
+            self.tlb.fill(side, lin, addend, global, size);
+        }
+        Ok(Target::Memory(hpa))
+    }
+
+    #[cold]
+    fn page_fault(&mut self, fault: PageFault) -> Stop {
+        self.raise(Exception::page_fault(fault))
+    }
+
+    /// Notes data breakpoints that an access hits (SDM Vol. 3 §17.2.4): they trap after the instruction.
+    fn watch(&mut self, lin: u64, len: u64, kind: AccessKind) {
+        let dr7 = self.debug[5];
+        if dr7 & 0xff == 0 {
+            return;
+        }
+        for i in 0..4 {
+            let enabled = dr7 >> (2 * i) & 3 != 0;
+            let rw = dr7 >> (16 + 4 * i) & 3;
+            let matches_kind = rw == 3 || rw == 1 && kind == AccessKind::Write;
+            let size = [1, 2, 8, 4][(dr7 >> (18 + 4 * i) & 3) as usize];
+            let base = self.debug[i] & !(size - 1);
+            if enabled && matches_kind && lin < base.wrapping_add(size) && base < lin.wrapping_add(len) {
+                self.native.debug_hits |= 1 << i;
+            }
+        }
+    }
+}

@@ -1,0 +1,391 @@
+//! The translation look-aside buffer (SDM Vol. 3 §4.10.2): three direct-mapped arrays, for reads, writes and fetches.
+//!
+//! A tag is a page address with 12 bits of context in place of the offset: which PCID generation, and by which kind of
+//! access it was filled (user, supervisor, supervisor with EFLAGS.AC), so that one compare checks page, process and
+//! rights. Flushing a PCID gives it a new generation number and costs nothing; when the numbers are used up everything
+//! is emptied once. Global entries hit under any PCID: a miss looks at the slot once more and re-tags a global entry.
+
+use guestmem::{Gva, Hfn, PageSize};
+use mmu::TlbFlush;
+
+/// Who makes an access, as far as the TLB tells apart. Part of the tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum TlbMode {
+    /// Supervisor with EFLAGS.AC clear.
+    Supervisor = 0,
+    /// CPL 3.
+    User = 1,
+    /// Supervisor with EFLAGS.AC set.
+    SupervisorAc = 2,
+    /// No entry is ever filled: alignment checks or watchpoints must see each access.
+    Uncached = 3,
+}
+
+/// One entry. An empty one has tag 0, which no key equals: context numbers begin at 1.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TlbEntry {
+    /// Page address | context.
+    pub tag: u64,
+    /// What added to a linear address gives the host address.
+    pub addend: u64,
+}
+
+const ENTRIES: usize = 1024;
+const MODE_BITS: u32 = 2;
+const MODE_MASK: u64 = (1 << MODE_BITS) - 1;
+/// Context numbers fill the tag bits above the mode; 0 is never used.
+const CONTEXTS: u16 = 1 << (12 - MODE_BITS);
+
+/// One of the three arrays.
+#[derive(Debug)]
+pub struct TlbArray {
+    entries: Box<[TlbEntry; ENTRIES]>,
+    global: Box<[bool; ENTRIES]>,
+}
+
+impl TlbArray {
+    fn new() -> Self {
+        Self { entries: Box::new([TlbEntry::default(); ENTRIES]), global: Box::new([false; ENTRIES]) }
+    }
+
+    /// Different modes use different slots of one page, so that kernel copies do not evict the user's entry.
+    #[inline(always)]
+    fn slot(lin: u64, key: u64) -> usize {
+        ((lin >> 12) ^ ((key & MODE_MASK) * 0x155)) as usize % ENTRIES
+    }
+
+    /// The addend for `lin` under context `key`, on a hit.
+    #[inline(always)]
+    pub fn lookup(&self, lin: u64, key: u64) -> Option<u64> {
+        let e = &self.entries[Self::slot(lin, key)];
+        if e.tag == (lin & !0xfff) | key { Some(e.addend) } else { None }
+    }
+
+    /// As [`Self::lookup`] after a miss: finds a global entry filled under another PCID and re-tags it.
+    pub fn lookup_global(&mut self, lin: u64, key: u64) -> Option<u64> {
+        let slot = Self::slot(lin, key);
+        let e = &mut self.entries[slot];
+        let same_page_and_mode = e.tag & !(0xfff & !MODE_MASK) == (lin & !0xfff) | (key & MODE_MASK);
+        if e.tag != 0 && self.global[slot] && same_page_and_mode {
+            e.tag = (lin & !0xfff) | key;
+            return Some(e.addend);
+        }
+        None
+    }
+
+    fn fill(&mut self, lin: u64, key: u64, addend: u64, global: bool) {
+        let slot = Self::slot(lin, key);
+        self.entries[slot] = TlbEntry { tag: (lin & !0xfff) | key, addend };
+        self.global[slot] = global;
+    }
+
+    fn clear(&mut self) {
+        self.entries.fill(TlbEntry::default());
+    }
+
+    fn remove_page(&mut self, lin: u64, wanted: impl Fn(u64, bool) -> bool) {
+        for mode in 0..=MODE_MASK {
+            let slot = Self::slot(lin, mode);
+            let e = &mut self.entries[slot];
+            if e.tag & !0xfff == lin & !0xfff && wanted(e.tag, self.global[slot]) {
+                *e = TlbEntry::default();
+            }
+        }
+    }
+
+    fn remove_frame(&mut self, host_page: u64) {
+        for e in self.entries.iter_mut() {
+            if e.tag != 0 && (e.tag & !0xfff).wrapping_add(e.addend) == host_page {
+                *e = TlbEntry::default();
+            }
+        }
+    }
+}
+
+/// Remembers, without ever forgetting wrongly, whether a large page that holds an address was filled: one bit a hashed
+/// stretch. A false yes costs a flush of everything.
+#[derive(Debug)]
+struct LargeFilter([u64; 16]);
+
+impl Default for LargeFilter {
+    fn default() -> Self {
+        Self([0; 16])
+    }
+}
+
+impl LargeFilter {
+    fn bit(lin: u64, size: PageSize) -> (usize, u64) {
+        let hash =
+            ((lin >> size.shift()) + u64::from(size.shift())).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54;
+        ((hash / 64) as usize, 1 << (hash % 64))
+    }
+
+    fn insert(&mut self, lin: u64, size: PageSize) {
+        let (word, bit) = Self::bit(lin, size);
+        self.0[word] |= bit;
+    }
+
+    fn may_contain(&self, lin: u64) -> bool {
+        [PageSize::Size2M, PageSize::Size4M, PageSize::Size1G].into_iter().any(|size| {
+            let (word, bit) = Self::bit(lin, size);
+            self.0[word] & bit != 0
+        })
+    }
+}
+
+/// Which array.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlbSide {
+    /// Data reads.
+    Read,
+    /// Data writes.
+    Write,
+    /// Instruction fetches.
+    Fetch,
+}
+
+/// The TLB of one CPU.
+#[derive(Debug)]
+pub struct Tlb {
+    /// For data reads.
+    pub read: TlbArray,
+    /// For data writes.
+    pub write: TlbArray,
+    /// For fetches.
+    pub fetch: TlbArray,
+    /// Context number of each PCID; 0: none yet.
+    contexts: Box<[u16; 4096]>,
+    next_context: u16,
+    pcid: u16,
+    /// The current context and mode, as they stand in tags. Fetches never see EFLAGS.AC.
+    pub key: u64,
+    /// The same for fetches.
+    pub fetch_key: u64,
+    /// Which stretches of addresses had a large page filled in pieces, hashed.
+    large: LargeFilter,
+    /// Counts every flush of a context or more.
+    pub flushes: u64,
+    /// Grows with whatever may change where a fetch goes; caches of fetch translations compare it.
+    pub fetch_generation: u64,
+}
+
+impl Default for Tlb {
+    fn default() -> Self {
+        let mut tlb = Self {
+            read: TlbArray::new(),
+            write: TlbArray::new(),
+            fetch: TlbArray::new(),
+            contexts: Box::new([0; 4096]),
+            next_context: 1,
+            pcid: 0,
+            key: 0,
+            fetch_key: 0,
+            large: LargeFilter::default(),
+            flushes: 0,
+            fetch_generation: 0,
+        };
+        tlb.select(0, TlbMode::Supervisor, TlbMode::Supervisor);
+        tlb
+    }
+}
+
+impl Tlb {
+    /// Sets the current PCID and the modes of data accesses and of fetches.
+    pub fn select(&mut self, pcid: u16, data: TlbMode, fetch: TlbMode) {
+        self.pcid = pcid % 4096;
+        let context = self.context(self.pcid);
+        self.key = u64::from(context) << MODE_BITS | data as u64;
+        self.fetch_key = u64::from(context) << MODE_BITS | fetch as u64;
+    }
+
+    fn context(&mut self, pcid: u16) -> u16 {
+        let known = self.contexts[usize::from(pcid)];
+        if known != 0 {
+            return known;
+        }
+        if self.next_context == CONTEXTS {
+            self.clear();
+        }
+        let fresh = self.next_context;
+        self.next_context += 1;
+        self.contexts[usize::from(pcid)] = fresh;
+        fresh
+    }
+
+    fn clear(&mut self) {
+        self.read.clear();
+        self.write.clear();
+        self.fetch.clear();
+        self.contexts.fill(0);
+        self.next_context = 1;
+        self.large = LargeFilter::default();
+        self.fetch_generation += 1;
+    }
+
+    fn reselect(&mut self) {
+        let (data, fetch) = (self.key & MODE_MASK, self.fetch_key & MODE_MASK);
+        let context = self.context(self.pcid);
+        self.key = u64::from(context) << MODE_BITS | data;
+        self.fetch_key = u64::from(context) << MODE_BITS | fetch;
+    }
+
+    /// Fills an entry of the current context for the page of `lin`. `addend` added to a linear address of the page
+    /// gives the host address; `size` is that of the page in the guest's eyes. Nothing is filled in
+    /// [`TlbMode::Uncached`].
+    pub fn fill(&mut self, side: TlbSide, lin: u64, addend: u64, global: bool, size: PageSize) {
+        let key = if side == TlbSide::Fetch { self.fetch_key } else { self.key };
+        if key & MODE_MASK == TlbMode::Uncached as u64 {
+            return;
+        }
+        if size != PageSize::Size4K {
+            self.large.insert(lin, size);
+        }
+        match side {
+            TlbSide::Read => self.read.fill(lin, key, addend, global),
+            TlbSide::Write => self.write.fill(lin, key, addend, global),
+            TlbSide::Fetch => self.fetch.fill(lin, key, addend, global),
+        }
+    }
+
+    /// Forgets what `flush` says; `host_base` is where host memory is mapped.
+    pub fn flush(&mut self, flush: TlbFlush, host_base: u64) {
+        match flush {
+            TlbFlush::None => return,
+            // A large page is held in pieces, and a flush of one address must take all of them.
+            TlbFlush::Page(Gva(lin)) | TlbFlush::PageOf(_, Gva(lin)) if self.large.may_contain(lin) => {
+                self.clear()
+            }
+            TlbFlush::Page(Gva(lin)) => {
+                let context = self.key & 0xfff & !MODE_MASK;
+                self.remove_page(lin, |tag, global| global || tag & 0xfff & !MODE_MASK == context);
+                return;
+            }
+            TlbFlush::PageOf(pcid, Gva(lin)) => {
+                let context = u64::from(self.contexts[usize::from(pcid % 4096)]) << MODE_BITS;
+                self.remove_page(lin, |tag, global| !global && tag & 0xfff & !MODE_MASK == context);
+                return;
+            }
+            TlbFlush::Frame(frame) => {
+                // After write protection: reads and fetches through the frame stay right.
+                self.write.remove_frame(host_base.wrapping_add(frame.base().0));
+                return;
+            }
+            TlbFlush::Pcid(pcid) => {
+                self.contexts[usize::from(pcid % 4096)] = 0;
+                self.fetch_generation += 1;
+            }
+            TlbFlush::NonGlobal => {
+                self.contexts.fill(0);
+                self.fetch_generation += 1;
+            }
+            TlbFlush::All => self.clear(),
+        }
+        self.flushes += 1;
+        self.reselect();
+    }
+
+    fn remove_page(&mut self, lin: u64, wanted: impl Fn(u64, bool) -> bool) {
+        self.read.remove_page(lin, &wanted);
+        self.write.remove_page(lin, &wanted);
+        self.fetch.remove_page(lin, &wanted);
+        self.fetch_generation += 1;
+    }
+
+    /// Forgets write entries that lead to a frame: bytes of it were decoded.
+    pub fn protect_frame(&mut self, frame: Hfn, host_base: u64) {
+        self.write.remove_frame(host_base.wrapping_add(frame.base().0));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = 0xffff_8000_0012_3000;
+
+    fn hit(tlb: &mut Tlb, lin: u64) -> bool {
+        let key = tlb.key;
+        tlb.read.lookup(lin, key).is_some() || tlb.read.lookup_global(lin, key).is_some()
+    }
+
+    #[test]
+    fn entries_belong_to_their_pcid_unless_global() {
+        let mut tlb = Tlb::default();
+        tlb.fill(TlbSide::Read, PAGE, 1, false, PageSize::Size4K);
+        tlb.fill(TlbSide::Read, PAGE + 0x1000, 2, true, PageSize::Size4K);
+        tlb.select(5, TlbMode::Supervisor, TlbMode::Supervisor);
+        assert!(!hit(&mut tlb, PAGE));
+        assert!(hit(&mut tlb, PAGE + 0x1fff));
+        tlb.select(0, TlbMode::Supervisor, TlbMode::Supervisor);
+        assert!(hit(&mut tlb, PAGE));
+        tlb.flush(TlbFlush::NonGlobal, 0);
+        assert!(!hit(&mut tlb, PAGE));
+        assert!(hit(&mut tlb, PAGE + 0x1000));
+        tlb.flush(TlbFlush::All, 0);
+        assert!(!hit(&mut tlb, PAGE + 0x1000));
+    }
+
+    #[test]
+    fn modes_do_not_share_entries() {
+        let mut tlb = Tlb::default();
+        tlb.fill(TlbSide::Read, PAGE, 1, true, PageSize::Size4K);
+        tlb.select(0, TlbMode::User, TlbMode::User);
+        assert!(!hit(&mut tlb, PAGE));
+        tlb.select(0, TlbMode::SupervisorAc, TlbMode::Supervisor);
+        assert!(!hit(&mut tlb, PAGE));
+        tlb.select(0, TlbMode::Uncached, TlbMode::Supervisor);
+        tlb.fill(TlbSide::Read, PAGE, 1, true, PageSize::Size4K);
+        assert!(!hit(&mut tlb, PAGE));
+    }
+
+    #[test]
+    fn page_flushes_spare_what_they_must() {
+        let mut tlb = Tlb::default();
+        tlb.fill(TlbSide::Read, PAGE, 1, false, PageSize::Size4K);
+        tlb.flush(TlbFlush::PageOf(3, Gva(PAGE)), 0);
+        assert!(hit(&mut tlb, PAGE));
+        tlb.flush(TlbFlush::PageOf(0, Gva(PAGE + 5)), 0);
+        assert!(!hit(&mut tlb, PAGE));
+        tlb.fill(TlbSide::Read, PAGE, 1, true, PageSize::Size4K);
+        tlb.flush(TlbFlush::PageOf(0, Gva(PAGE)), 0);
+        assert!(hit(&mut tlb, PAGE));
+        tlb.flush(TlbFlush::Page(Gva(PAGE)), 0);
+        assert!(!hit(&mut tlb, PAGE));
+    }
+
+    #[test]
+    fn a_frame_flush_takes_write_entries_of_every_context() {
+        let mut tlb = Tlb::default();
+        let host_base = 0x7000_0000_0000u64;
+        let addend = host_base.wrapping_add(0x5000).wrapping_sub(PAGE);
+        tlb.fill(TlbSide::Write, PAGE, addend, false, PageSize::Size4K);
+        tlb.fill(TlbSide::Read, PAGE, addend, false, PageSize::Size4K);
+        tlb.select(9, TlbMode::Supervisor, TlbMode::Supervisor);
+        tlb.flush(TlbFlush::Frame(Hfn(5)), host_base);
+        tlb.select(0, TlbMode::Supervisor, TlbMode::Supervisor);
+        assert!(tlb.write.lookup(PAGE, tlb.key).is_none());
+        assert!(hit(&mut tlb, PAGE));
+    }
+
+    #[test]
+    fn a_page_flush_takes_every_piece_of_a_large_page() {
+        let mut tlb = Tlb::default();
+        tlb.fill(TlbSide::Read, PAGE, 1, true, PageSize::Size2M);
+        tlb.fill(TlbSide::Read, PAGE + 0x5000, 1, true, PageSize::Size2M);
+        tlb.flush(TlbFlush::Page(Gva(PAGE + 0x2000)), 0);
+        assert!(!hit(&mut tlb, PAGE));
+        assert!(!hit(&mut tlb, PAGE + 0x5000));
+    }
+
+    #[test]
+    fn context_numbers_run_out_safely() {
+        let mut tlb = Tlb::default();
+        for i in 0..5000u64 {
+            tlb.flush(TlbFlush::Pcid(0), 0);
+            assert!(!hit(&mut tlb, PAGE), "a stale entry hit after {i} flushes");
+            tlb.fill(TlbSide::Read, PAGE, 1, false, PageSize::Size4K);
+            assert!(hit(&mut tlb, PAGE));
+        }
+    }
+}
