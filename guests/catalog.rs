@@ -81,10 +81,16 @@ pub const CATALOG: &[Entry] = &[
         "maps pages at first touch by its own #PF handler, then pages with too few frames",
     ),
     guest(
+        "forkwait",
+        Group::Memory,
+        "process creation in miniature: copy-on-write address spaces made and torn down",
+    ),
+    guest(
         "ptemod",
         Group::Memory,
         "page-table storms: every kind of store, three views, with and without INVLPG",
     ),
+    guest("largepages", Group::Memory, "2 MiB and 1 GiB pages, split and merged and mixed with 4 KiB ones"),
     guest(
         "faults",
         Group::Memory,
