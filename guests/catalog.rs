@@ -90,10 +90,16 @@ pub const CATALOG: &[Entry] = &[
         Group::Memory,
         "page-table storms: every kind of store, three views, with and without INVLPG",
     ),
+    guest(
+        "ctxswitch",
+        Group::Memory,
+        "many address spaces: CR3 loads with and without PCIDs, global pages, INVPCID",
+    ),
     guest("largepages", Group::Memory, "2 MiB and 1 GiB pages, split and merged and mixed with 4 KiB ones"),
     guest(
         "faults",
         Group::Memory,
         "page faults of every kind on every level, restarts in mid-instruction, double faults",
     ),
+    guest("syscall", Group::Control, "SYSCALL, SYSENTER, INT 0x80 and far transfers between CPL 3 and CPL 0"),
 ];

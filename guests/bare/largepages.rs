@@ -125,7 +125,7 @@ fn split_and_merge(space: Space) {
         mem::write64(table + piece * 8, other | P);
         mem::write64(table + ((piece + 1) & 511) * 8, block | P);
         mem::write64(table + ((piece + 2) & 511) * 8, 0);
-        [0, 1, 2].map(|n| cpu::invlpg(va + ((piece + n) & 511) * 4096));
+        (0..3).for_each(|n| cpu::invlpg(va + ((piece + n) & 511) * 4096));
         same!(read(at).ok(), Some(0x07e2), "a piece elsewhere");
         same!(error(write(va + ((piece + 1) & 511) * 4096, 1)), Some(3), "a piece read-only");
         same!(error(read(va + ((piece + 2) & 511) * 4096)), Some(0), "a piece away");

@@ -31,6 +31,9 @@ pub const LOW: u64 = 1 << 39;
 /// The same in the upper half.
 pub const HIGH: u64 = 0xffff_8000_0000_0000;
 
+/// 16 MiB below 4 GiB that [`Space::with_window`] keeps free.
+pub const WINDOW: u64 = 0xd000_0000;
+
 /// The index of a table of a level (1 = page table, 4 = PML4) that an address selects.
 pub const fn index(va: u64, level: u32) -> u64 {
     va >> (12 + 9 * (level - 1)) & 511
@@ -59,6 +62,20 @@ impl Space {
         let root = frames::take();
         mem::write64(root, mem::read64(entry::boot_root()));
         Self { root }
+    }
+
+    /// A new space whose tables for the fourth GiB are its own, with nothing at [`WINDOW`] yet: what CPL 3 sees of
+    /// the first 4 GiB, for code in compatibility mode.
+    pub fn with_window() -> Self {
+        let space = Self::new();
+        let (pointers, directory) = (frames::take(), frames::take());
+        let boot = mem::read64(entry::boot_root()) & ADDR;
+        mem::copy(pointers, boot, 4096);
+        mem::copy(directory, mem::read64(boot + 24) & ADDR, 4096);
+        (0..8).for_each(|i| mem::write64(directory + (index(WINDOW, 2) + i) * 8, 0));
+        mem::write64(pointers + 24, directory | P | W | U);
+        mem::write64(space.root, pointers | P | W | U);
+        space
     }
 
     /// Loads it into CR3.

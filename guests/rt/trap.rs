@@ -231,6 +231,12 @@ fn die(frame: &Frame, cr2: u64) -> ! {
     io::exit(io::FAIL)
 }
 
+/// The error code that names a gate of the IDT: its index, the IDT bit, and EXT unless an INT instruction asked for it
+/// (SDM Vol. 3, 7.13). QEMU's translator counts gates in long mode double and never sets EXT.
+pub fn gate_error(vector: u64, ext: bool) -> u64 {
+    if cpu::is_qemu_tcg() { vector << 4 | 2 } else { vector << 3 | 2 | u64::from(ext) }
+}
+
 /// Registers a handler and returns the former one.
 pub fn on(vector: u8, handler: Option<Handler>) -> Option<Handler> {
     core::mem::replace(&mut HANDLERS.get()[usize::from(vector)], handler)

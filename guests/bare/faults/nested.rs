@@ -61,12 +61,6 @@ fn catch(body: impl FnOnce()) -> Result<u64, Fault> {
     })
 }
 
-/// The error code that names a gate: its index, the IDT bit, and EXT unless an INT instruction asked for it. QEMU's
-/// translator counts gates in long mode double and never sets EXT.
-fn idt_error(vector: u64, ext: bool) -> u64 {
-    if cpu::is_qemu_tcg() { vector << 4 | 2 } else { vector << 3 | 2 | u64::from(ext) }
-}
-
 /// The GDT and the IDT moved so that they end in a page which is not there.
 fn tables(space: Space) {
     // GDT: the runtime's entries at the end of the first page, the rest in the second.
@@ -126,7 +120,7 @@ fn tables(space: Space) {
     want(int90(), 0x90, 0, None, "the gate is back");
     // A table that ends before the vector: #GP with the vector, IDT bit and (INT n) no EXT bit.
     descriptors::lidt(idt, 0x8ff);
-    want(int90(), 13, idt_error(0x90, false), None, "a vector past the IDT's limit");
+    want(int90(), 13, trap::gate_error(0x90, false), None, "a vector past the IDT's limit");
     descriptors::load_idt();
     say!("descriptor tables in missing pages");
 }
@@ -166,7 +160,7 @@ fn doubles(space: Space) {
     descriptors::IDT.get()[6][0] &= !(1 << 47);
     // SAFETY: ends in an exception.
     let fault = catch(|| unsafe { nested_ud() });
-    want(fault, 11, idt_error(6, true), None, "#UD without a present gate");
+    want(fault, 11, trap::gate_error(6, true), None, "#UD without a present gate");
     if let Err(f) = fault {
         same!(f.frame.rip, mem::code(nested_ud), "RIP of #NP after #UD");
     }
