@@ -12,7 +12,7 @@ use crate::tlb::{Tlb, TlbMode};
 use crate::width::REG_SLOTS;
 use guestmem::{Gpa, GuestMemory, Gva, Hpa};
 use mmu::paging::bits as paging_bits;
-use mmu::{Counter, Counters, Intercepts, PagingState, TableRoot};
+use mmu::{Counter, Counters, Intercepts, PagingState, TableRoot, TlbFlush};
 use std::sync::Arc;
 use vcpu::state::seg;
 use vcpu::{Answer, Exit, Segment, TableRegister, TableStore, VcpuError};
@@ -185,6 +185,64 @@ pub struct Core {
 }
 
 impl Core {
+    /// A CPU after power-up (SDM Vol. 3 table 10-1), whose walks go nowhere until [`Core::root`] is set.
+    pub fn new(memory: Arc<GuestMemory>, model: crate::model::CpuModel) -> Self {
+        let data = Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x93 };
+        let code = Segment { selector: 0xf000, base: 0xffff_0000, limit: 0xffff, attributes: 0x9b };
+        let paging = PagingState { phys_bits: model.phys_bits(), ..PagingState::default() };
+        let mut core = Self {
+            regs: [0; REG_SLOTS],
+            flags: Flags::default(),
+            seg_base64: [0; 8],
+            tlb: Tlb::default(),
+            host_base: memory.host().base() as u64,
+            memory,
+            mode64: false,
+            cpl: 0,
+            ip_mask: 0xffff,
+            code_key: 0,
+            attention: Attention::empty(),
+            ticks: 0,
+            added_ticks: 0,
+            deadline: u64::MAX,
+            segments: [data, code, data, data, data, data],
+            ldtr: Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x82 },
+            tr: Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x8b },
+            gdtr: TableRegister { base: 0, limit: 0xffff },
+            idtr: TableRegister { base: 0, limit: 0xffff },
+            paging,
+            cr2: 0,
+            xcr0: 1,
+            debug: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
+            msrs: Msrs { pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() },
+            fx: FxState::default(),
+            model,
+            nmi_blocked: false,
+            root: TableRoot::Nested {
+                root: Hpa(0),
+                format: mmu::entry::Ept { phys_bits: 46, accessed_dirty: false },
+            },
+            intercepts: Intercepts::empty(),
+            counters: Counters::default(),
+            exception: Exception::default(),
+            exit: None,
+            code_write: (Hpa(0), 0),
+            code_writes_done: Vec::new(),
+            event: None,
+            replay: Vec::new(),
+            replayed: 0,
+            overrides: Vec::new(),
+            absent: Vec::new(),
+            table_stores: Vec::new(),
+            failure: None,
+            native: crate::vector::Native::default(),
+        };
+        core.regs[usize::from(REG_IP)] = 0xfff0;
+        core.regs[2] = core.model.signature();
+        core.mode_changed();
+        core
+    }
+
     /// Asks the VMM something: gives the answer if the instruction under way has already had it, else stops with the
     /// exit.
     pub fn ask(&mut self, exit: Exit) -> Result<Answer, Stop> {
@@ -374,6 +432,19 @@ impl Core {
         if (old ^ new) & (bit::AC | bit::TF | bit::VM) != 0 {
             self.mode_changed();
         }
+    }
+
+    /// Holds interrupts off for the next instruction (STI, MOV SS, POP SS).
+    pub fn hold_interrupts(&mut self) {
+        self.attention.insert(Attention::SHADOW);
+        self.native.fresh_shadow = true;
+    }
+
+    /// Makes the TLB forget, and counts it.
+    pub fn flush_tlb(&mut self, flush: TlbFlush) {
+        let before = self.tlb.flushes;
+        self.tlb.flush(flush, self.host_base);
+        self.counters.add(Counter::TlbFlushes, self.tlb.flushes - before);
     }
 
     /// Whether a maskable interrupt can be delivered before the next instruction.

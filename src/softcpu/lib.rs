@@ -7,6 +7,7 @@
 //!
 //! Read in this order: [`core`], [`engine`], [`memory`], [`tlb`], [`cache`], [`decode`], [`op`], [`exec`], [`exceptions`].
 
+pub mod bulk;
 pub mod cache;
 pub mod core;
 pub mod decode;
@@ -17,7 +18,10 @@ pub mod flags;
 pub mod memory;
 pub mod model;
 pub mod op;
+#[cfg(test)]
+mod oracle;
 pub mod segments;
+pub mod snapshot;
 pub mod tlb;
 pub mod vector;
 pub mod width;

@@ -36,6 +36,14 @@ impl CpuModel {
     pub fn ticks_to_tsc(&self, ticks: u64) -> u64 {
         (u128::from(ticks) * u128::from(self.tsc_hz) / 1_000_000_000) as u64
     }
+    /// MAXPHYADDR.
+    pub fn phys_bits(&self) -> u8 {
+        46
+    }
+    /// Family, model and stepping, as in EDX after reset.
+    pub fn signature(&self) -> u64 {
+        0x0060_0f12
+    }
     /// Whether the model has the instruction.
     pub fn has(&self, _insn: &Instruction) -> bool {
         true

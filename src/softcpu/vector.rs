@@ -14,6 +14,13 @@ pub struct Native {
     pub code_map: CodeMap,
     /// Data breakpoints hit by the instruction under way.
     pub debug_hits: u64,
+    /// The instruction under way has just begun to hold interrupts off.
+    pub fresh_shadow: bool,
+}
+
+/// Whether the host can execute what `model` declares.
+pub fn check_host(_model: &crate::model::CpuModel) -> Result<(), vcpu::VcpuError> {
+    Ok(())
 }
 
 /// See [`crate::exec::select`].

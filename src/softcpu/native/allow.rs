@@ -13,7 +13,7 @@ use iced_x86::{
 };
 
 use super::host::HostFeatures;
-use super::info::{Action, Class, FxForm, Info, Memory, Unsupported};
+use super::info::{Action, Class, Control, FxForm, Info, Memory, Unsupported};
 use super::lists::{aligned, lanes, no_wait, pointer_rule, uses_mxcsr};
 
 /// Decides on one decoded instruction.
@@ -217,7 +217,13 @@ fn action_of(instruction: &Instruction, class: Class) -> Action {
         M::Fxsave64 => Action::FxSave(FxForm { all_registers, wide_pointers: true }),
         M::Fxrstor => Action::FxRestore(FxForm { all_registers, wide_pointers: false }),
         M::Fxrstor64 => Action::FxRestore(FxForm { all_registers, wide_pointers: true }),
-        M::Emms => Action::CallX87,
+        M::Emms => Action::Control(Control::EmptyMmx),
+        M::Fninit => Action::Control(Control::Initialize),
+        M::Fnclex => Action::Control(Control::ClearExceptions),
+        M::Fldcw => Action::Control(Control::LoadWord),
+        M::Fnstcw => Action::Control(Control::StoreWord),
+        M::Fnstsw if instruction.code() == Code::Fnstsw_AX => Action::Control(Control::StatusToAx),
+        M::Fnstsw => Action::Control(Control::StoreStatus),
         _ => match class {
             Class::X87 => Action::CallX87,
             Class::Mmx => Action::CallMmx,

@@ -159,11 +159,7 @@ impl FpuContext {
 
     /// Gives reserved parts of the image their one value and recomputes the x87 summary bits.
     pub(super) fn settle_reserved(&mut self) {
-        let fcw = self.fcw() & 0x1F3F | 0x40;
-        let pending = self.fsw() & !fcw & 0x3F != 0;
-        let fsw = self.fsw() & 0x7F7F | if pending { 0x8080 } else { 0 };
-        self.put(image::FCW, &fcw.to_le_bytes());
-        self.put(image::FSW, &fsw.to_le_bytes());
+        self.set_x87_words(self.fcw(), self.fsw());
         self.image[image::FOP + 1] &= 0x07;
         self.image[image::FTW + 1] = 0;
         self.put(image::MXCSR_MASK, &MXCSR_MASK.to_le_bytes());
@@ -172,6 +168,13 @@ impl FpuContext {
             self.image[start..start + 6].fill(0);
         }
         self.image[image::END..].fill(0);
+    }
+
+    /// After the processor stored the x87 state: its own view of the mask and the pointers gives way to the guest's.
+    #[inline]
+    pub(super) fn settle_after_x87(&mut self, pointers: X87Pointers) {
+        self.set_pointers(pointers);
+        self.put(image::MXCSR_MASK, &MXCSR_MASK.to_le_bytes());
     }
 
     /// An XMM register. The number is taken modulo 16.
@@ -218,6 +221,15 @@ impl FpuContext {
     #[inline]
     pub fn fsw(&self) -> u16 {
         u16::from_le_bytes(self.bytes(image::FSW))
+    }
+
+    /// Sets the control and status words. The summary bits of the second follow from both.
+    pub(super) fn set_x87_words(&mut self, fcw: u16, fsw: u16) {
+        let fcw = fcw & 0x1F3F | 0x40;
+        let pending = fsw & !fcw & 0x3F != 0;
+        let fsw = fsw & 0x7F7F | if pending { 0x8080 } else { 0 };
+        self.put(image::FCW, &fcw.to_le_bytes());
+        self.put(image::FSW, &fsw.to_le_bytes());
     }
 
     /// What the last x87 instruction left about itself.

@@ -119,6 +119,8 @@ pub enum Action {
     CallMixed,
     /// FWAIT and the 287's leftovers.
     Nothing,
+    /// An instruction on the control and status words only.
+    Control(Control),
     /// LDMXCSR.
     LoadMxcsr,
     /// STMXCSR.
@@ -134,6 +136,25 @@ impl Action {
     pub fn has_code(self) -> bool {
         matches!(self, Self::Call | Self::CallFp | Self::CallMmx | Self::CallX87 | Self::CallMixed)
     }
+}
+
+/// x87 and MMX instructions that compute nothing: simple enough for Rust, and common in every libc.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// FNSTCW.
+    StoreWord,
+    /// FLDCW.
+    LoadWord,
+    /// FNSTSW to memory.
+    StoreStatus,
+    /// FNSTSW AX.
+    StatusToAx,
+    /// FNCLEX.
+    ClearExceptions,
+    /// FNINIT.
+    Initialize,
+    /// EMMS.
+    EmptyMmx,
 }
 
 /// The variants of the FXSAVE image.
@@ -152,8 +173,6 @@ pub enum PointerRule {
     Keep,
     /// It records itself.
     Record,
-    /// FNINIT.
-    Clear,
     /// FLDENV and FRSTOR take them from memory.
     Load(EnvForm),
     /// FNSTENV gives them to memory.

@@ -120,10 +120,6 @@ pub fn no_wait(code: Code) -> bool {
 pub fn pointer_rule(code: Code, class: Class) -> PointerRule {
     match code {
         _ if class != Class::X87 => PointerRule::Keep,
-        Code::Fnclex | Code::Fldcw_m2byte | Code::Fnstcw_m2byte | Code::Fnstsw_m2byte | Code::Fnstsw_AX => {
-            PointerRule::Keep
-        }
-        Code::Fninit => PointerRule::Clear,
         Code::Fldenv_m14byte | Code::Frstor_m94byte => PointerRule::Load(EnvForm::Short),
         Code::Fldenv_m28byte | Code::Frstor_m108byte => PointerRule::Load(EnvForm::Long),
         Code::Fnstenv_m14byte => PointerRule::Store(EnvForm::Short),

@@ -107,8 +107,7 @@ impl Stubs {
         let Outcome::Done { .. } = outcome else { return outcome };
         let mut raised = context.mxcsr_out & MXCSR_FLAGS;
         if stub.info.action == Action::CallMixed {
-            context.set_pointers(pointers);
-            context.settle_reserved();
+            context.settle_after_x87(pointers);
         }
         if unmasked & UNDERFLOW != 0 && tiny(context.xmm(usize::from(stub.info.result)), stub.info.lanes) {
             raised |= UNDERFLOW;
@@ -120,7 +119,7 @@ impl Stubs {
         if let Some(saved) = saved {
             context.restore_image(&saved);
             if stub.info.action == Action::CallMixed {
-                enter_mmx(context); // the exception comes after the switch
+                state::enter_mmx(context); // the exception comes after the switch
             }
         }
         if raised & unmasked & BEFORE_COMPUTING != 0 {
@@ -132,7 +131,7 @@ impl Stubs {
 
     /// Runs on single MMX registers; what any MMX instruction does to the x87 state is done here.
     fn call_mmx(&mut self, stub: &Stub, context: &mut FpuContext) -> Outcome {
-        enter_mmx(context);
+        state::enter_mmx(context);
         let outcome = self.call(stub, context);
         if let Outcome::Done { .. } = outcome {
             each(u16::from(stub.info.mm_written), |number| {
@@ -147,25 +146,20 @@ impl Stubs {
         let old = context.pointers();
         let outcome = self.call(stub, context);
         let Outcome::Done { store } = outcome else { return outcome };
-        context.settle_reserved();
-        context.set_pointers(old);
-        match stub.info.pointers {
-            PointerRule::Keep => {}
-            PointerRule::Record => {
-                let next = std::mem::take(&mut context.next_pointers);
-                context.set_pointers(next);
+        let new = match stub.info.pointers {
+            PointerRule::Keep => old,
+            PointerRule::Record => std::mem::take(&mut context.next_pointers),
+            PointerRule::Load(form) => state::pointers_from_environment(&context.mem, form),
+            PointerRule::Store(form) => {
+                state::pointers_into_environment(&mut context.mem, form, old);
+                old
             }
-            PointerRule::Clear => context.set_pointers(X87Pointers::default()),
-            PointerRule::Load(form) => {
-                let loaded = state::pointers_from_environment(&context.mem, form);
-                context.set_pointers(loaded);
-            }
-            PointerRule::Store(form) => state::pointers_into_environment(&mut context.mem, form, old),
             PointerRule::StoreAndClear(form) => {
                 state::pointers_into_environment(&mut context.mem, form, old);
-                context.set_pointers(X87Pointers::default());
+                X87Pointers::default()
             }
-        }
+        };
+        context.settle_after_x87(new);
         // An unmasked exception other than inexact result suppresses the store, whose value it could not make.
         let suppressed = stub.info.waits && context.fsw() & !context.fcw() & 0x1F != 0;
         Outcome::Done { store: if suppressed { 0 } else { store } }
@@ -186,6 +180,10 @@ impl Stubs {
             }
             Action::FxSave(form) => return Outcome::Done { store: state::fx_save(context, form) },
             Action::FxRestore(form) => state::fx_restore(context, form),
+            Action::Control(control) => {
+                state::control(context, control);
+                Ok(())
+            }
             _ => Ok(()),
         };
         match settled {
@@ -193,20 +191,6 @@ impl Stubs {
             Err(_) => Outcome::GeneralProtection,
         }
     }
-}
-
-/// What every MMX instruction but EMMS does to the x87 state: all registers valid, top of stack 0.
-fn enter_mmx(context: &mut FpuContext) {
-    let top = usize::from(context.fsw() >> 11 & 7);
-    if top != 0 {
-        // The image lists registers from the top of the stack, which is register 0 from now on.
-        let mut registers: [u8; 128] = context.bytes(image::ST);
-        registers.rotate_right(16 * top);
-        context.put(image::ST, &registers);
-        let fsw = context.fsw() & !(7 << 11);
-        context.put(image::FSW, &fsw.to_le_bytes());
-    }
-    context.put(image::FTW, &[0xFF]);
 }
 
 #[inline]

@@ -1,14 +1,15 @@
-//! Instructions that move the state image itself: FXSAVE, FXRSTOR, LDMXCSR, STMXCSR, and the x87 pointers in
-//! environments.
+//! Instructions that move the state image itself or its control words: FXSAVE, FXRSTOR, FLDCW and their like, the
+//! switch between x87 and MMX, and the x87 pointers in environments.
 //!
 //! Where it stands in the path of one access: between the interpreter's load and store of the memory operand, like a
 //! stub, but in Rust. A host would fault on reserved MXCSR bits, and would put its own instruction addresses into the
 //! pointers; here neither can happen.
 //!
-//! Manual: Intel SDM Vol. 2 FXSAVE (tables 3-43 to 3-46), LDMXCSR; Vol. 1 figures 8-9 to 8-12 (environments).
+//! Manual: Intel SDM Vol. 2 FXSAVE (tables 3-43 to 3-46), LDMXCSR; Vol. 1 figures 8-9 to 8-12
+//! (environments), table 8-1 and section 9.6.2 (FNINIT, EMMS); Vol. 3 table 12-3 (MMX and the x87 tags).
 
 use super::context::{FpuContext, IMAGE_BYTES, InvalidMxcsr, X87Pointers, image};
-use super::info::{EnvForm, FxForm};
+use super::info::{Control, EnvForm, FxForm};
 
 /// Bytes that FXSAVE stores outside 64-bit mode: XMM8 and above keep what memory held.
 const LEGACY_END: u16 = 288;
@@ -73,4 +74,43 @@ pub fn pointers_into_environment(memory: &mut [u8; IMAGE_BYTES], form: EnvForm, 
             }
         }
     }
+}
+
+/// An instruction on the control and status words.
+pub fn control(context: &mut FpuContext, control: Control) {
+    let (fcw, fsw) = (context.fcw(), context.fsw());
+    match control {
+        Control::StoreWord => context.mem[..2].copy_from_slice(&fcw.to_le_bytes()),
+        Control::StoreStatus => context.mem[..2].copy_from_slice(&fsw.to_le_bytes()),
+        Control::StatusToAx => context.gpr[0] = context.gpr[0] & !0xFFFF | u64::from(fsw),
+        Control::LoadWord => {
+            let new = u16::from_le_bytes([context.mem[0], context.mem[1]]);
+            context.set_x87_words(new, fsw);
+        }
+        Control::ClearExceptions => context.set_x87_words(fcw, fsw & 0x7F00),
+        Control::EmptyMmx => {
+            enter_mmx(context);
+            context.put(image::FTW, &[0]);
+        }
+        Control::Initialize => {
+            enter_mmx(context); // the registers keep their contents, and the top is register 0
+            context.put(image::FTW, &[0]);
+            context.set_x87_words(0x37F, 0);
+            context.set_pointers(X87Pointers::default());
+        }
+    }
+}
+
+/// What every MMX instruction but EMMS does to the x87 state: all registers valid, top of stack 0.
+pub fn enter_mmx(context: &mut FpuContext) {
+    let top = usize::from(context.fsw() >> 11 & 7);
+    if top != 0 {
+        // The image lists registers from the top of the stack, which is register 0 from now on.
+        let mut registers: [u8; 128] = context.bytes(image::ST);
+        registers.rotate_right(16 * top);
+        context.put(image::ST, &registers);
+        let fsw = context.fsw() & !(7 << 11);
+        context.put(image::FSW, &fsw.to_le_bytes());
+    }
+    context.put(image::FTW, &[0xFF]);
 }

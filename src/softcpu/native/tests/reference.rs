@@ -213,7 +213,14 @@ pub fn catch_signals() {
             }
         }
     });
-    // Rust gives every thread an alternate stack only if it handles SIGSEGV there; make sure of one.
+    thread_local! {
+        static STACK: () = alternate_stack();
+    }
+    STACK.with(|()| ());
+}
+
+/// RSP may be the guest's when a signal comes: the handler needs a stack of its own on each thread of the tests.
+fn alternate_stack() {
     let size = 64 << 10;
     let stack = Box::leak(vec![0_u8; size].into_boxed_slice());
     let alternate = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: size };

@@ -1,0 +1,1 @@
+//! Bulk copies for string instructions.

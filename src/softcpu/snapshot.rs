@@ -1,0 +1,113 @@
+//! The CPU's architectural state as plain data, out and in.
+
+use crate::core::{Attention, Core};
+use crate::flags::bit;
+use crate::op::REG_IP;
+use vcpu::ArchState;
+use vcpu::state::seg;
+
+/// The MSRs of a snapshot, in ascending order of index, and where they are kept.
+macro_rules! msrs {
+    ($m:expr) => {
+        [
+            (0x10, &mut $m.tsc_offset),
+            (0x174, &mut $m.sysenter_cs),
+            (0x175, &mut $m.sysenter_esp),
+            (0x176, &mut $m.sysenter_eip),
+            (0x1a0, &mut $m.misc_enable),
+            (0x277, &mut $m.pat),
+            (0xc000_0081, &mut $m.star),
+            (0xc000_0082, &mut $m.lstar),
+            (0xc000_0083, &mut $m.cstar),
+            (0xc000_0084, &mut $m.sfmask),
+            (0xc000_0102, &mut $m.kernel_gs_base),
+            (0xc000_0103, &mut $m.tsc_aux),
+        ]
+    };
+}
+
+impl Core {
+    /// A copy of everything architectural. Index 0x10 holds the offset of the time-stamp counter, not its value.
+    pub fn arch_state(&self) -> ArchState {
+        let mut gprs = [0; 16];
+        gprs.copy_from_slice(&self.regs[..16]);
+        let mut held = self.msrs;
+        ArchState {
+            gprs,
+            rip: self.regs[usize::from(REG_IP)],
+            rflags: self.flags.all(),
+            segments: self.segments,
+            ldtr: self.ldtr,
+            tr: self.tr,
+            gdtr: self.gdtr,
+            idtr: self.idtr,
+            cr0: self.paging.cr0,
+            cr2: self.cr2,
+            cr3: self.paging.cr3,
+            cr4: self.paging.cr4,
+            efer: self.paging.efer,
+            pdptes: self.paging.pdptes,
+            debug: self.debug,
+            pkru: self.paging.pkru,
+            xcr0: self.xcr0,
+            fxsave: self.fx.0.chunks_exact(8).map(word).collect(),
+            msrs: msrs!(held).map(|(index, value)| (index, *value)).to_vec(),
+            interrupt_shadow: self.attention.contains(Attention::SHADOW),
+            nmi_blocked: self.nmi_blocked,
+            halted: self.attention.contains(Attention::HALTED),
+            ticks: self.ticks,
+        }
+    }
+
+    /// Replaces everything architectural. What an instruction under way had been answered is forgotten.
+    pub fn set_arch_state(&mut self, state: &ArchState) {
+        self.regs[..16].copy_from_slice(&state.gprs);
+        self.segments = state.segments;
+        self.ldtr = state.ldtr;
+        self.tr = state.tr;
+        self.gdtr = state.gdtr;
+        self.idtr = state.idtr;
+        self.paging.cr0 = state.cr0;
+        self.paging.cr3 = state.cr3;
+        self.paging.cr4 = state.cr4;
+        self.paging.efer = state.efer;
+        self.paging.pkru = state.pkru;
+        self.paging.pdptes = state.pdptes;
+        self.cr2 = state.cr2;
+        self.debug = state.debug;
+        self.xcr0 = state.xcr0;
+        for (bytes, word) in self.fx.0.chunks_exact_mut(8).zip(&state.fxsave) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        for (index, value) in &state.msrs {
+            if let Some((_, slot)) = msrs!(self.msrs).into_iter().find(|(i, _)| i == index) {
+                *slot = *value;
+            }
+        }
+        self.nmi_blocked = state.nmi_blocked;
+        self.attention = Attention::empty();
+        self.attention.set(Attention::SHADOW, state.interrupt_shadow);
+        self.attention.set(Attention::HALTED, state.halted);
+        self.ticks = state.ticks;
+        self.added_ticks = state.ticks;
+        self.event = None;
+        self.end_transient();
+        self.table_stores.clear();
+        self.flags.set_all(state.rflags);
+        // Outside protected mode and in virtual-8086 mode the CPL is fixed; else it is SS.DPL.
+        self.cpl = if self.flags.has(bit::VM) {
+            3
+        } else if self.protected() {
+            self.segments[seg::SS].dpl()
+        } else {
+            0
+        };
+        self.mode_changed();
+        self.regs[usize::from(REG_IP)] = state.rip & self.ip_mask;
+        self.flush_tlb(mmu::TlbFlush::All);
+    }
+}
+
+fn word(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b))
+}
