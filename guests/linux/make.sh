@@ -123,7 +123,9 @@ make_vmlinux() {
     start=$(((sectors + 1) * 512 + $(number "$image" $((0x248)) 4)))
     length=$(number "$image" $((0x24c)) 4)
     size=$(stat -c %s "$image")
-    [ "$length" -gt 8 ] && [ $((start + length)) -le "$size" ] || fail "the payload fields of the kernel's header point outside it"
+    if [ "$length" -le 8 ] || [ $((start + length)) -gt "$size" ]; then
+        fail "the payload fields of the kernel's header point outside it"
+    fi
     want=$(number "$image" $((start + length - 4)) 4)
     magic=$(od -An -v -t x1 -j "$start" -N 4 "$image" | tr -d ' \n')
     case $magic in
