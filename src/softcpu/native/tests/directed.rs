@@ -1,5 +1,7 @@
 //! Cases that random ones would hit too seldom: register names, control registers, refused operands, pointers.
 
+use std::cell::RefCell;
+
 use iced_x86::{Code, Instruction, Mnemonic, Register};
 use proptest::prelude::*;
 
@@ -325,12 +327,15 @@ proptest! {
         bitness in prop::sample::select(vec![16, 32, 64]),
         seed in any::<u64>(),
     ) {
-        let mut stubs = Stubs::new().unwrap();
-        let whole = [map, &bytes].concat();
-        let instruction = decode(bitness, &whole);
-        if let Ok(stub) = stubs.get(&instruction) {
-            check(&mut stubs, &Reference::new(), &instruction, &stub, &mut Random(seed));
+        thread_local! {
+            static TOOLS: RefCell<(Stubs, Reference)> = RefCell::new((Stubs::new().unwrap(), Reference::new()));
         }
+        let instruction = decode(bitness, &[map, &bytes].concat());
+        TOOLS.with_borrow_mut(|(stubs, reference)| {
+            if let Ok(stub) = stubs.get(&instruction) {
+                check(stubs, reference, &instruction, &stub, &mut Random(seed));
+            }
+        });
     }
 
     /// Snapshots: an image that was accepted comes out as it went in, but for reserved bits, and is accepted again.
