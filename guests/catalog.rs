@@ -102,4 +102,9 @@ pub const CATALOG: &[Entry] = &[
         "page faults of every kind on every level, restarts in mid-instruction, double faults",
     ),
     guest("syscall", Group::Control, "SYSCALL, SYSENTER, INT 0x80 and far transfers between CPL 3 and CPL 0"),
+    guest(
+        "mmio-pio",
+        Group::Devices,
+        "device registers by every kind of instruction: memory-mapped, port and string I/O",
+    ),
 ];

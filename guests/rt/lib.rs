@@ -8,6 +8,7 @@
 #![no_std]
 #![warn(missing_docs)]
 
+pub mod apic;
 pub mod cpu;
 pub mod descriptors;
 pub mod entry;
