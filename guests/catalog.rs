@@ -101,6 +101,11 @@ pub const CATALOG: &[Entry] = &[
         Group::Memory,
         "page faults of every kind on every level, restarts in mid-instruction, double faults",
     ),
+    guest(
+        "smc",
+        Group::Memory,
+        "code that changes itself: next instruction, running block, aliases, remapped code pages",
+    ),
     guest("syscall", Group::Control, "SYSCALL, SYSENTER, INT 0x80 and far transfers between CPL 3 and CPL 0"),
     guest(
         "mmio-pio",
