@@ -171,7 +171,8 @@ impl Chip {
     }
 
     fn write_ocw3(&mut self, value: u8) {
-        self.poll = value & 4 != 0;
+        // The poll command holds until the read that it announces.
+        self.poll |= value & 4 != 0;
         if value & 2 != 0 {
             self.read_in_service = value & 1 != 0;
         }

@@ -44,6 +44,7 @@ const IIR_FIFOS_ON: u8 = 0xc0;
 
 const FCR_ENABLE: u8 = 1 << 0;
 const FCR_CLEAR_RECEIVER: u8 = 1 << 1;
+const FCR_CLEAR_TRANSMITTER: u8 = 1 << 2;
 
 const LCR_DIVISOR_LATCH: u8 = 1 << 7;
 
@@ -224,10 +225,14 @@ impl Uart {
 
     fn write_fifo_control(&mut self, value: u8) {
         let toggled = (value ^ self.fifo_control) & FCR_ENABLE != 0;
-        if toggled || value & FCR_CLEAR_RECEIVER != 0 {
+        // The other bits count only together with the enable bit.
+        if toggled || value & FCR_CLEAR_RECEIVER != 0 && value & FCR_ENABLE != 0 {
             self.received.clear();
         }
-        // The other bits can only be programmed together with the enable bit.
+        // A transmit FIFO that was just cleared has just become empty.
+        if toggled || value & FCR_CLEAR_TRANSMITTER != 0 && value & FCR_ENABLE != 0 {
+            self.transmit_empty_pending = true;
+        }
         self.fifo_control = if value & FCR_ENABLE != 0 { value & 0xc9 } else { 0 };
     }
 
