@@ -13,7 +13,7 @@ use iced_x86::{
 };
 
 use super::host::HostFeatures;
-use super::info::{Action, Class, Control, FxForm, Info, Memory, Unsupported};
+use super::info::{Action, Class, Control, FxForm, Info, Memory, Unsupported, Vectors};
 use super::lists::{aligned, lanes, no_wait, pointer_rule, uses_mxcsr};
 
 /// Decides on one decoded instruction.
@@ -21,12 +21,11 @@ pub fn classify(
     instruction: &Instruction,
     factory: &mut InstructionInfoFactory,
     host: &HostFeatures,
-) -> Result<Info, Unsupported> {
+) -> Result<(Info, Vectors), Unsupported> {
     let code = instruction.code();
     let refuse = || Unsupported::NotNative(code);
     let features = code.cpuid_features();
-    let kept = matches!(code, Code::Wait | Code::Movnti_m32_r32 | Code::Movnti_m64_r64);
-    if !kept && (refused(instruction) || !wanted(instruction)) {
+    if code != Code::Wait && (refused(instruction) || !wanted(instruction)) {
         return Err(refuse());
     }
     for &feature in features {
@@ -50,7 +49,8 @@ pub fn classify(
     let class = class_of(instruction, &used);
     let action = action_of(instruction, class);
     let written = instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set();
-    Ok(Info {
+    let info = Info {
+        code,
         class,
         action,
         memory: memory
@@ -63,12 +63,17 @@ pub fn classify(
         pointers: pointer_rule(code, class),
         lanes: lanes(instruction.mnemonic()),
         result: used.xmm_written.trailing_zeros().min(15) as u8,
-        xmm_used: used.xmm_used,
-        xmm_written: used.xmm_written,
-        mm_used: used.mm_used,
+        source: source(instruction),
         mm_written: used.mm_written,
-        features,
-    })
+    };
+    let Used { xmm_used, xmm_written, mm_used, mm_written, .. } = used;
+    Ok((info, Vectors { xmm_used, xmm_written, mm_used, mm_written }))
+}
+
+/// The XMM register that is the second operand, or 16.
+fn source(instruction: &Instruction) -> u8 {
+    let register = instruction.op1_register();
+    if register.is_xmm() { (register.number() & 15) as u8 } else { 16 }
 }
 
 /// Effects that have no place in a stub, whatever feature the instruction came with.
@@ -235,8 +240,8 @@ fn action_of(instruction: &Instruction, class: Class) -> Action {
 }
 
 /// The decoder's flag bits at their places in RFLAGS; only the six arithmetic flags can occur.
-fn rflags(bits: u32) -> u32 {
-    const PLACES: [(u32, u32); 6] = [
+fn rflags(bits: u32) -> u16 {
+    const PLACES: [(u32, u16); 6] = [
         (RflagsBits::CF, 1 << 0),
         (RflagsBits::PF, 1 << 2),
         (RflagsBits::AF, 1 << 4),

@@ -13,7 +13,7 @@ use iced_x86::{
 };
 
 use super::context::{image, layout};
-use super::info::{Action, Info, Unsupported};
+use super::info::{Action, Info, Unsupported, Vectors};
 
 /// Registers that a called function may destroy, without RDI, which holds the context. The first four have forms
 /// without a REX prefix, which an instruction that names AH to BH cannot have.
@@ -94,7 +94,7 @@ const GPR8: [Register; 16] = [
 const HIGH8: [Register; 4] = [Register::AH, Register::CH, Register::DH, Register::BH];
 
 /// The whole code of a stub, ending in RET.
-pub fn stub_code(instruction: &Instruction, info: &Info) -> Result<Vec<u8>, Unsupported> {
+pub fn stub_code(instruction: &Instruction, info: &Info, vectors: &Vectors) -> Result<Vec<u8>, Unsupported> {
     let code = instruction.code();
     let fail = |reason: String| Unsupported::Encoding { code, reason };
     let places =
@@ -102,7 +102,7 @@ pub fn stub_code(instruction: &Instruction, info: &Info) -> Result<Vec<u8>, Unsu
     let body = rewrite(instruction, &places).ok_or_else(|| fail("it has an unknown register".into()))?;
     let mut out = Assembly { encoder: Encoder::new(64) };
     (|| {
-        prologue(&mut out, info, &places)?;
+        prologue(&mut out, info, vectors, &places)?;
         out.checked(&body)?;
         if matches!(code, Code::Cvtpi2ps_xmm_mmm64 | Code::Cvtpi2pd_xmm_mmm64)
             && info.action == Action::CallFp
@@ -110,13 +110,13 @@ pub fn stub_code(instruction: &Instruction, info: &Info) -> Result<Vec<u8>, Unsu
             // With a memory operand some processors still switch to MMX, of which the host must see nothing.
             out.plain(Code::Emms)?;
         }
-        epilogue(&mut out, info, &places)
+        epilogue(&mut out, info, vectors, &places)
     })()
     .map_err(fail)?;
     Ok(out.encoder.take_buffer())
 }
 
-fn prologue(out: &mut Assembly, info: &Info, places: &Places) -> Result<(), String> {
+fn prologue(out: &mut Assembly, info: &Info, vectors: &Vectors, places: &Places) -> Result<(), String> {
     let exchanges = matches!(info.action, Action::CallX87 | Action::CallMixed);
     if exchanges || info.action == Action::CallFp {
         out.memory(Code::Stmxcsr_m32, layout::MXCSR_HOST)?;
@@ -124,10 +124,10 @@ fn prologue(out: &mut Assembly, info: &Info, places: &Places) -> Result<(), Stri
     if exchanges {
         out.memory(Code::Fxrstor64_m512byte, layout::IMAGE)?;
     } else {
-        for number in bits(info.xmm_used) {
+        for number in bits(vectors.xmm_used) {
             out.load(Code::Movaps_xmm_xmmm128, xmm(number), xmm_place(number))?;
         }
-        for number in bits(u16::from(info.mm_used)) {
+        for number in bits(u16::from(vectors.mm_used)) {
             out.load(Code::Movq_mm_mmm64, mm(number), mm_place(number))?;
         }
     }
@@ -144,7 +144,7 @@ fn prologue(out: &mut Assembly, info: &Info, places: &Places) -> Result<(), Stri
     Ok(())
 }
 
-fn epilogue(out: &mut Assembly, info: &Info, places: &Places) -> Result<(), String> {
+fn epilogue(out: &mut Assembly, info: &Info, vectors: &Vectors, places: &Places) -> Result<(), String> {
     if info.flags_written != 0 {
         out.plain(Code::Pushfq)?;
         out.memory(Code::Pop_rm64, layout::RFLAGS)?;
@@ -161,10 +161,10 @@ fn epilogue(out: &mut Assembly, info: &Info, places: &Places) -> Result<(), Stri
             out.clean_x87()?;
         }
         _ => {
-            for number in bits(info.xmm_written) {
+            for number in bits(vectors.xmm_written) {
                 out.store(Code::Movaps_xmmm128_xmm, xmm(number), xmm_place(number))?;
             }
-            for number in bits(u16::from(info.mm_written)) {
+            for number in bits(u16::from(vectors.mm_written)) {
                 out.store(Code::Movq_mmm64_mm, mm(number), mm_place(number))?;
             }
         }

@@ -205,25 +205,33 @@ pub enum Lanes {
     Doubles,
 }
 
-/// All that is known of a stub besides its code.
+/// All that is known of a stub besides its code, when it executes.
 #[derive(Debug, Clone, Copy)]
 pub struct Info {
+    pub code: Code,
     pub class: Class,
     pub action: Action,
     pub memory: Option<Memory>,
     pub gprs_read: u16,
     pub gprs_written: u16,
-    pub flags_read: u32,
-    pub flags_written: u32,
+    pub flags_read: u16,
+    pub flags_written: u16,
     pub waits: bool,
     pub pointers: PointerRule,
     pub lanes: Lanes,
-    /// The first XMM register that is written, where `lanes` are looked for.
+    /// The XMM register that is written, where `lanes` are looked for.
     pub result: u8,
-    /// Vector registers: read or written (all of these are loaded), and written.
+    /// The XMM register that is the second operand; 16 for memory.
+    pub source: u8,
+    /// MMX registers that are written.
+    pub mm_written: u8,
+}
+
+/// Vector registers that the code of a stub loads (all that it reads or writes) and stores.
+#[derive(Debug, Clone, Copy)]
+pub struct Vectors {
     pub xmm_used: u16,
     pub xmm_written: u16,
     pub mm_used: u8,
     pub mm_written: u8,
-    pub features: &'static [CpuidFeature],
 }

@@ -31,6 +31,7 @@ mod context;
 mod encode;
 pub mod fast;
 mod host;
+mod inexact;
 mod info;
 mod lists;
 mod run;
@@ -95,7 +96,7 @@ impl Stub {
     #[must_use]
     #[inline]
     pub fn flags_read(&self) -> u32 {
-        self.info.flags_read
+        u32::from(self.info.flags_read)
     }
 
     /// The RFLAGS bits that are written. Bits that the manual leaves undefined are not among them: they keep their
@@ -103,7 +104,7 @@ impl Stub {
     #[must_use]
     #[inline]
     pub fn flags_written(&self) -> u32 {
-        self.info.flags_written
+        u32::from(self.info.flags_written)
     }
 
     /// Whether an exception that an earlier x87 instruction left pending must be raised (#MF) before this one.
@@ -117,7 +118,7 @@ impl Stub {
     #[must_use]
     #[inline]
     pub fn features(&self) -> &'static [CpuidFeature] {
-        self.info.features
+        self.info.code.cpuid_features()
     }
 }
 
@@ -148,11 +149,11 @@ impl Stubs {
     /// # Errors
     /// The instruction is not one of those that may run natively, or the host lacks it.
     pub fn get(&mut self, instruction: &Instruction) -> Result<Stub, Unsupported> {
-        let info = allow::classify(instruction, &mut self.factory, &self.host)?;
+        let (info, vectors) = allow::classify(instruction, &mut self.factory, &self.host)?;
         if !info.action.has_code() {
             return Ok(Stub { info, code: None });
         }
-        let code = encode::stub_code(instruction, &info)?;
+        let code = encode::stub_code(instruction, &info, &vectors)?;
         if let Some(&known) = self.known.get(code.as_slice()) {
             return Ok(Stub { info, code: Some(known) });
         }

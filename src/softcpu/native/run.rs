@@ -10,6 +10,7 @@
 //! Manual: Intel SDM Vol. 1 sections 8.7 (x87 exceptions), 11.5.2 and 11.5.3 (vector exceptions), 9.5 (MMX and the x87 tags).
 
 use super::context::{FpuContext, X87Pointers, image, x87_exception_pending};
+use super::inexact::{inexact, source};
 use super::info::{Action, Info, Lanes, Memory, PointerRule};
 use super::{Stub, Stubs, state};
 
@@ -42,7 +43,9 @@ const RUNNING: u64 = 0x202;
 const MXCSR_FLAGS: u32 = 0x3F;
 const MXCSR_MASKS: u32 = 0x1F80;
 const MXCSR_FLUSH: u32 = 0x8000;
+const OVERFLOW: u32 = 0x08;
 const UNDERFLOW: u32 = 0x10;
+const INEXACT: u32 = 0x20;
 /// Invalid operation, denormal operand, division by zero: found before anything is computed.
 const BEFORE_COMPUTING: u32 = 0x07;
 
@@ -118,6 +121,15 @@ impl Stubs {
         }
         if let Some(saved) = saved {
             context.restore_image(&saved);
+            if raised & unmasked & BEFORE_COMPUTING == 0 && raised & unmasked & (OVERFLOW | UNDERFLOW) != 0 {
+                let (old, source) =
+                    (context.xmm(usize::from(stub.info.result)), source(context, stub.info.source));
+                match inexact(stub.info.code.mnemonic(), old, source, guest) {
+                    Some(true) => raised |= INEXACT,
+                    Some(false) => raised &= !INEXACT,
+                    None => {}
+                }
+            }
             if stub.info.action == Action::CallMixed {
                 state::enter_mmx(context); // the exception comes after the switch
             }

@@ -8,6 +8,7 @@
 //! code that has run, since starting over gives the pages back and the next write gets new ones.
 
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,7 +38,7 @@ pub enum SpaceError {
 /// Where the code of one stub is: valid in one generation of one space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CodeRef {
-    generation: u64,
+    generation: NonZeroU64,
     offset: u32,
 }
 
@@ -47,7 +48,7 @@ pub struct CodeSpace {
     executable: NonNull<u8>,
     size: usize,
     used: usize,
-    generation: u64,
+    generation: NonZeroU64,
     _object: OwnedFd,
 }
 
@@ -141,8 +142,9 @@ impl Drop for CodeSpace {
     }
 }
 
-fn next_generation() -> u64 {
-    NEXT_GENERATION.fetch_add(1, Ordering::Relaxed)
+fn next_generation() -> NonZeroU64 {
+    // 2^64 generations do not come to an end.
+    NonZeroU64::new(NEXT_GENERATION.fetch_add(1, Ordering::Relaxed)).unwrap_or(NonZeroU64::MAX)
 }
 
 fn map(object: &OwnedFd, size: usize, protection: i32) -> Result<NonNull<u8>, SpaceError> {

@@ -67,8 +67,10 @@ pub fn check(
         _ => before.mem[..size].to_vec(),
     };
     let mut seen = seen;
-    if outcome == Outcome::SimdException && std::env::var_os("STRICT").is_none() {
-        seen.image[24] = seen.image[24] & !0x20 | context.image()[24] & 0x20;
+    if outcome == Outcome::SimdException && matches!(instruction.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd)
+    {
+        // After a product that traps, the processor does not add: flags of the sum are missing there.
+        seen.image[24] = context.image()[24];
     }
     let mine = Effect {
         image: without_pointers(context.image()),
