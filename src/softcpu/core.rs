@@ -402,7 +402,7 @@ impl Core {
         };
         let data = if self.alignment_checked() || self.data_breakpoints() { TlbMode::Uncached } else { data };
         self.tlb.select(self.paging.pcid(), data, fetch);
-        let debug = self.flags.has(bit::TF) || self.debug[5] & 0xff != 0;
+        let debug = self.flags.has(bit::TF | bit::RF) || self.debug[5] & 0xff != 0;
         self.attention.set(Attention::DEBUG, debug);
     }
 
@@ -429,7 +429,8 @@ impl Core {
         let old = self.flags.all();
         let new = (old & !mask) | (value & mask);
         self.flags.set_all(new);
-        if (old ^ new) & (bit::AC | bit::TF | bit::VM) != 0 {
+        if (old ^ new) & (bit::AC | bit::TF | bit::RF | bit::VM) != 0 {
+            self.native.fresh_resume = new & bit::RF != 0;
             self.mode_changed();
         }
     }

@@ -173,7 +173,7 @@ impl SoftCpu {
         }
         let core = &mut self.core;
         if before.contains(Attention::DEBUG) || core.native.debug_hits != 0 {
-            core.debug_trap(before);
+            core.debug_trap();
         }
     }
 

@@ -1,8 +1,17 @@
-//! Exceptions and interrupts: what can be raised, and its delivery through the IDT (SDM Vol. 3 chapter 6).
+//! Exceptions and interrupts: what can be raised, and its delivery through the IDT (SDM Vol. 3 chapter 6 "Interrupt and
+//! exception handling", §6.12 for protected mode, §6.14 for 64-bit mode, §20.1.4 for real mode).
+//!
+//! Delivery reads the IDT, descriptors and the TSS, then pushes a frame, and only then changes registers. Each of these
+//! accesses may itself fault or exit; until all are done nothing but stack memory has changed, so a delivery that exits is
+//! simply done anew.
 
-use crate::core::Core;
+use crate::core::{Attention, Core};
+use crate::flags::bit;
 use crate::op::Stop;
+use crate::segments::Descriptor;
 use mmu::PageFault;
+use vcpu::Segment;
+use vcpu::state::seg;
 
 /// An exception raised by an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -34,6 +43,11 @@ impl Exception {
     pub fn debug(dr6: u64) -> Self {
         Self { vector: 1, dr6, ..Self::default() }
     }
+
+    /// Contributory exceptions (SDM Vol. 3 table 6-4).
+    fn is_contributory(vector: u8) -> bool {
+        matches!(vector, 0 | 10..=13)
+    }
 }
 
 /// Where an event comes from.
@@ -41,15 +55,34 @@ impl Exception {
 pub enum EventKind {
     /// An exception raised by an instruction (a fault or trap).
     Exception,
-    /// INT n, INT3, INTO, INT1: RIP is that of the next instruction; IDT gate DPL is checked except for INT1.
+    /// INT n, INT3, INTO: RIP is still that of the instruction.
     Software {
-        /// Length of the instruction in bytes: RIP at delivery plus this is what is pushed.
+        /// Length of the instruction in bytes: RIP plus this is what is pushed.
+        len: u8,
+    },
+    /// INT1: as [`EventKind::Software`], but the gate's DPL is not checked.
+    PrivilegedSoftware {
+        /// Length of the instruction in bytes.
         len: u8,
     },
     /// An external interrupt.
     Interrupt,
     /// A non-maskable interrupt.
     Nmi,
+}
+
+impl EventKind {
+    fn is_software(self) -> bool {
+        matches!(self, EventKind::Software { .. })
+    }
+
+    /// Bit 0 of error codes raised during delivery: the event came from outside the program.
+    fn external(self) -> u16 {
+        match self {
+            EventKind::Software { .. } | EventKind::PrivilegedSoftware { .. } => 0,
+            EventKind::Exception | EventKind::Interrupt | EventKind::Nmi => 1,
+        }
+    }
 }
 
 /// An event under delivery.
@@ -63,23 +96,363 @@ pub struct Event {
     pub kind: EventKind,
 }
 
+/// An interrupt or trap gate.
+struct Gate {
+    selector: u16,
+    offset: u64,
+    /// Type: 5 task, 6/7 16-bit, 14/15 32- or 64-bit; odd ones are trap gates.
+    kind: u8,
+    ist: u8,
+}
+
 impl Core {
     /// Turns [`Core::exception`] into [`Core::event`], or, when an event was being delivered, into what the two give
-    /// together.
-    pub fn exception_to_event(&mut self) {}
-
-    /// After an instruction executed with [`crate::core::Attention::DEBUG`]: raises #DB for single step and data
-    /// breakpoints.
-    pub fn debug_trap(&mut self, _before: crate::core::Attention) {}
-
-    /// Whether an instruction breakpoint is at RIP; then [`Core::exception`] holds the #DB.
-    pub fn instruction_breakpoint(&mut self) -> bool {
-        false
+    /// together (SDM Vol. 3 table 6-5): the second exception, a double fault, or shutdown.
+    pub fn exception_to_event(&mut self) {
+        let second = self.exception;
+        if let Some(cr2) = second.cr2 {
+            self.cr2 = cr2;
+        }
+        if second.vector == 1 {
+            // SDM Vol. 3 §17.2.3: B0–B3 and BS are set as they are, the rest is kept; GD is cleared by delivery.
+            self.debug[4] = (self.debug[4] & !0xf) | 0xffff_0ff0 | second.dr6;
+            self.debug[5] &= !(1 << 13);
+        }
+        let first = self.event.filter(|e| e.kind == EventKind::Exception).map(|e| e.vector);
+        let doubles = match first {
+            Some(8) => {
+                self.event = None;
+                self.attention.remove(Attention::EVENT);
+                self.attention.insert(Attention::SHUTDOWN);
+                return;
+            }
+            Some(14) => second.vector == 14 || Exception::is_contributory(second.vector),
+            Some(v) if Exception::is_contributory(v) => Exception::is_contributory(second.vector),
+            _ => false,
+        };
+        let event = if doubles {
+            Event { vector: 8, code: Some(0), kind: EventKind::Exception }
+        } else {
+            Event { vector: second.vector, code: second.code, kind: EventKind::Exception }
+        };
+        self.event = Some(event);
+        self.attention.insert(Attention::EVENT);
+        self.attention.remove(Attention::HALTED);
     }
 
-    /// Delivers [`Core::event`]. On `Ok` the handler's first instruction is next. On `Stop::Exception` the exception in
-    /// [`Core::exception`] was raised by the delivery itself: see [`Core::fault_in_delivery`].
+    /// Delivers [`Core::event`]. On `Ok` the handler's first instruction is next; on `Stop::Exception` delivery itself
+    /// raised [`Core::exception`].
     pub fn deliver(&mut self) -> Result<(), Stop> {
-        Err(self.ud())
+        let Some(event) = self.event else { return Ok(()) };
+        if self.protected() {
+            self.deliver_protected(&event)?
+        } else {
+            self.deliver_real(&event)?
+        }
+        if event.kind == EventKind::Nmi {
+            self.nmi_blocked = true;
+        }
+        match event.kind {
+            EventKind::Exception => self.count_event(event.vector == 14, true),
+            // An interrupt that finds the CPU halted has woken it.
+            _ => self.attention.remove(Attention::HALTED),
+        }
+        Ok(())
+    }
+
+    pub(crate) fn return_ip(&self, event: &Event) -> u64 {
+        match event.kind {
+            EventKind::Software { len } | EventKind::PrivilegedSoftware { len } => {
+                self.ip().wrapping_add(u64::from(len)) & self.ip_mask
+            }
+            _ => self.ip(),
+        }
+    }
+
+    /// RFLAGS as an event pushes them: faults set RF so that an instruction breakpoint does not hit again (§17.3.1.1).
+    fn pushed_flags(&self, event: &Event) -> u64 {
+        let flags = self.flags.all();
+        let fault = event.kind == EventKind::Exception && !matches!(event.vector, 1 | 3 | 4 | 8 | 18);
+        if fault
+            || event.kind == EventKind::Exception && event.vector == 1 && self.exception.dr6 & 0x400f == 0
+        {
+            flags | bit::RF
+        } else {
+            flags
+        }
+    }
+
+    /// Real mode: four bytes a vector, a frame of FLAGS, CS, IP.
+    fn deliver_real(&mut self, event: &Event) -> Result<(), Stop> {
+        let offset = u64::from(event.vector) * 4;
+        if offset + 3 > u64::from(self.idtr.limit) {
+            return Err(self.gp(0));
+        }
+        let vector = self.load_system(self.idtr.base.wrapping_add(offset) & 0xffff_ffff, 4)?;
+        let saved = self.regs[4];
+        let frame =
+            [self.flags.all() & 0xffff, u64::from(self.segments[seg::CS].selector), self.return_ip(event)];
+        for word in frame {
+            if let Err(stop) = self.push(word & 0xffff, 2) {
+                self.regs[4] = saved;
+                return Err(stop);
+            }
+        }
+        let selector = (vector >> 16) as u16;
+        let cs = &mut self.segments[seg::CS];
+        cs.selector = selector;
+        cs.base = u64::from(selector) << 4;
+        self.flags.remove(bit::IF | bit::TF | bit::AC | bit::RF);
+        self.mode_changed();
+        self.set_ip(vector & 0xffff);
+        Ok(())
+    }
+
+    fn deliver_protected(&mut self, event: &Event) -> Result<(), Stop> {
+        if self.v86() && event.kind.is_software() && event.vector != 3 && self.flags.iopl() < 3 {
+            return Err(self.gp(0));
+        }
+        let gate = self.read_gate(event)?;
+        if gate.kind == 5 {
+            return self.deliver_through_task(event, gate.selector);
+        }
+        let external = event.kind.external();
+        if gate.selector & !3 == 0 {
+            return Err(self.gp(external));
+        }
+        let code_error = (gate.selector & !3) | external;
+        let Some(descriptor) = self.read_descriptor(gate.selector)? else { return Err(self.gp(code_error)) };
+        let target = descriptor.segment(gate.selector);
+        if !target.is_code() || target.dpl() > self.cpl {
+            return Err(self.gp(code_error));
+        }
+        if self.long_mode() && (!target.long() || target.big()) {
+            return Err(self.gp(code_error));
+        }
+        if !target.present() {
+            return Err(self.np(code_error));
+        }
+        let conforming = target.kind() & 4 != 0;
+        let new_cpl = if conforming { self.cpl } else { target.dpl() };
+        if self.v86() && new_cpl != 0 {
+            return Err(self.gp(code_error));
+        }
+        self.mark_accessed(gate.selector, &descriptor)?;
+        if self.long_mode() {
+            self.enter_gate_long(event, &gate, target, new_cpl)
+        } else {
+            self.enter_gate_legacy(event, &gate, target, new_cpl)
+        }
+    }
+
+    fn read_gate(&mut self, event: &Event) -> Result<Gate, Stop> {
+        let long = self.long_mode();
+        let size = if long { 16 } else { 8 };
+        let offset = u64::from(event.vector) * size;
+        let external = event.kind.external();
+        let error = u16::from(event.vector) << 3 | 2 | external;
+        if offset + size - 1 > u64::from(self.idtr.limit) {
+            return Err(self.gp(error));
+        }
+        let at = self.idtr.base.wrapping_add(offset);
+        let at = if long { at } else { at & 0xffff_ffff };
+        let low = self.load_system(at, 8)?;
+        let high = if long { self.load_system(at.wrapping_add(8), 8)? } else { 0 };
+        let kind = (low >> 40 & 0x1f) as u8;
+        let valid = if long { matches!(kind, 14 | 15) } else { matches!(kind, 5 | 6 | 7 | 14 | 15) };
+        if !valid {
+            return Err(self.gp(error));
+        }
+        let dpl = (low >> 45 & 3) as u8;
+        if event.kind.is_software() && dpl < self.cpl {
+            return Err(self.gp(error));
+        }
+        if low >> 47 & 1 == 0 {
+            return Err(self.np(error));
+        }
+        let mut offset = (low & 0xffff) | (low >> 32 & 0xffff_0000);
+        if matches!(kind, 6 | 7) {
+            offset &= 0xffff;
+        }
+        if long {
+            offset |= (high & 0xffff_ffff) << 32;
+        }
+        Ok(Gate { selector: (low >> 16) as u16, offset, kind, ist: (low >> 32 & 7) as u8 })
+    }
+
+    /// 64-bit: the frame is always SS, RSP, RFLAGS, CS, RIP (and an error code), on a stack aligned to 16.
+    fn enter_gate_long(
+        &mut self,
+        event: &Event,
+        gate: &Gate,
+        target: Segment,
+        new_cpl: u8,
+    ) -> Result<(), Stop> {
+        let switch = new_cpl < self.cpl;
+        let mut rsp = if gate.ist != 0 {
+            self.tss_stack64(u64::from(gate.ist) * 8 + 0x1c, event)?
+        } else if switch {
+            self.tss_stack64(u64::from(new_cpl) * 8 + 4, event)?
+        } else {
+            self.regs[4]
+        } & !0xf;
+        let old_ss = u64::from(self.segments[seg::SS].selector);
+        let frame = [
+            Some(old_ss),
+            Some(self.regs[4]),
+            Some(self.pushed_flags(event)),
+            Some(u64::from(self.segments[seg::CS].selector)),
+            Some(self.return_ip(event)),
+            event.code.map(u64::from),
+        ];
+        // The frame is pushed with the new privilege: a kernel stack is no user page's business.
+        let old_cpl = self.cpl;
+        self.set_cpl(new_cpl);
+        for word in frame.into_iter().flatten() {
+            rsp = rsp.wrapping_sub(8);
+            if let Err(stop) = self.push_frame(rsp, word, 8, event) {
+                self.set_cpl(old_cpl);
+                return Err(stop);
+            }
+        }
+        if !guestmem::Gva(gate.offset).is_canonical(self.paging.linear_bits()) {
+            self.set_cpl(old_cpl);
+            return Err(self.gp(event.kind.external()));
+        }
+        self.regs[4] = rsp;
+        if switch {
+            self.segments[seg::SS] = Segment {
+                selector: u16::from(new_cpl),
+                base: 0,
+                limit: 0,
+                attributes: u16::from(new_cpl) << 5,
+            };
+        }
+        self.finish_gate(gate, target, new_cpl);
+        Ok(())
+    }
+
+    /// Writes one word of a frame in 64-bit mode; a non-canonical stack is a stack fault.
+    fn push_frame(&mut self, at: u64, word: u64, size: usize, event: &Event) -> Result<(), Stop> {
+        if !guestmem::Gva(at).is_canonical(self.paging.linear_bits()) {
+            return Err(self.ss(event.kind.external()));
+        }
+        let mode64 = std::mem::replace(&mut self.mode64, true);
+        let done = self.store_bytes(at, &word.to_le_bytes()[..size], seg::SS as u8);
+        self.mode64 = mode64;
+        done
+    }
+
+    fn tss_stack64(&mut self, offset: u64, event: &Event) -> Result<u64, Stop> {
+        if offset + 7 > u64::from(self.tr.limit) {
+            let error = (self.tr.selector & !3) | event.kind.external();
+            return Err(self.ts(error));
+        }
+        let rsp = self.load_system(self.tr.base.wrapping_add(offset), 8)?;
+        if !guestmem::Gva(rsp).is_canonical(self.paging.linear_bits()) {
+            return Err(self.ss(event.kind.external()));
+        }
+        Ok(rsp)
+    }
+
+    /// Protected mode outside long mode: the frame's width is the gate's; a change of privilege (or leaving VM86) switches
+    /// to the stack in the TSS.
+    fn enter_gate_legacy(
+        &mut self,
+        event: &Event,
+        gate: &Gate,
+        target: Segment,
+        new_cpl: u8,
+    ) -> Result<(), Stop> {
+        let size = if gate.kind >= 14 { 4 } else { 2 };
+        let external = event.kind.external();
+        let from_v86 = self.v86();
+        let switch = new_cpl < self.cpl;
+        let (ss, mut sp) = if switch {
+            let (selector, sp) = self.tss_stack(new_cpl, external)?;
+            (self.stack_segment(selector, new_cpl, external)?, sp)
+        } else {
+            (self.segments[seg::SS], self.regs[4])
+        };
+        let mut frame = Vec::with_capacity(11);
+        if from_v86 {
+            frame.extend([seg::GS, seg::FS, seg::DS, seg::ES].map(|s| u64::from(self.segments[s].selector)));
+        }
+        if switch {
+            frame.push(u64::from(self.segments[seg::SS].selector));
+            frame.push(self.regs[4]);
+        }
+        frame.push(self.pushed_flags(event));
+        frame.push(u64::from(self.segments[seg::CS].selector));
+        frame.push(self.return_ip(event));
+        frame.extend(event.code.map(u64::from));
+
+        if gate.offset > u64::from(target.limit) {
+            return Err(self.gp(external));
+        }
+        // The pushes go to the new stack with the new privilege; all of it is put back if one of them stops.
+        let saved = (self.segments[seg::SS], self.regs[4], self.cpl, self.flags);
+        let mask = if ss.big() { 0xffff_ffff } else { 0xffff };
+        self.flags.remove(bit::VM);
+        self.segments[seg::SS] = ss;
+        self.set_cpl(new_cpl);
+        let mut pushed = Ok(());
+        for word in frame {
+            sp = sp.wrapping_sub(size) & mask;
+            pushed = self.push_legacy(sp, word, size as usize, switch.then_some(ss.selector & !3 | external));
+            if pushed.is_err() {
+                break;
+            }
+        }
+        if let Err(stop) = pushed {
+            (self.segments[seg::SS], self.regs[4], _, self.flags) = saved;
+            self.set_cpl(saved.2);
+            return Err(stop);
+        }
+        self.set_stack(sp);
+        if from_v86 {
+            for s in [seg::GS, seg::FS, seg::DS, seg::ES] {
+                self.segments[s] = Segment::default();
+            }
+        }
+        self.finish_gate(gate, target, new_cpl);
+        Ok(())
+    }
+
+    /// Writes one word of a frame; beyond the limit of a freshly loaded stack the error code names that stack.
+    fn push_legacy(&mut self, sp: u64, word: u64, size: usize, ss_error: Option<u16>) -> Result<(), Stop> {
+        let lin = match crate::exec::address::checked(self, seg::SS as u8, sp, size as u64, true) {
+            Ok(lin) => lin,
+            Err(stop) => {
+                return Err(match ss_error {
+                    Some(error) => self.ss(error),
+                    None => stop,
+                });
+            }
+        };
+        self.store_bytes(lin, &word.to_le_bytes()[..size], seg::SS as u8)
+    }
+
+    fn finish_gate(&mut self, gate: &Gate, mut target: Segment, new_cpl: u8) {
+        target.selector = (target.selector & !3) | u16::from(new_cpl);
+        self.segments[seg::CS] = target;
+        self.cpl = new_cpl;
+        let mut clear = bit::TF | bit::NT | bit::VM | bit::RF;
+        if gate.kind & 1 == 0 {
+            clear |= bit::IF;
+        }
+        self.flags.remove(clear);
+        self.mode_changed();
+        self.set_ip(gate.offset);
+    }
+
+    /// Sets the accessed bit of a code or data descriptor that is being loaded, if it is clear.
+    pub fn mark_accessed(&mut self, selector: u16, descriptor: &Descriptor) -> Result<(), Stop> {
+        if descriptor.low >> 44 & 1 != 0 && descriptor.low >> 40 & 1 == 0 {
+            let at = descriptor.address.wrapping_add(5);
+            self.store_system(at, (descriptor.low >> 40 & 0xff) | 1, 1)?;
+        }
+        let _ = selector;
+        Ok(())
     }
 }

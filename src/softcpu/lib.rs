@@ -9,7 +9,9 @@
 
 pub mod bulk;
 pub mod cache;
+pub mod control;
 pub mod core;
+pub mod debug;
 pub mod decode;
 pub mod engine;
 pub mod exceptions;
@@ -17,11 +19,13 @@ pub mod exec;
 pub mod flags;
 pub mod memory;
 pub mod model;
+pub mod msr;
 pub mod op;
 #[cfg(test)]
 mod oracle;
 pub mod segments;
 pub mod snapshot;
+pub mod task;
 pub mod tlb;
 pub mod vector;
 pub mod width;

@@ -16,6 +16,12 @@ pub struct Native {
     pub debug_hits: u64,
     /// The instruction under way has just begun to hold interrupts off.
     pub fresh_shadow: bool,
+    /// The instruction under way began with EFLAGS.TF set.
+    pub single_step: bool,
+    /// The instruction under way has just set EFLAGS.RF.
+    pub fresh_resume: bool,
+    /// A task switch to this selector has begun and exited on the way.
+    pub task_switch: Option<u16>,
 }
 
 /// Whether the host can execute what `model` declares.
