@@ -108,6 +108,11 @@ pub const CATALOG: &[Entry] = &[
     ),
     guest("syscall", Group::Control, "SYSCALL, SYSENTER, INT 0x80 and far transfers between CPL 3 and CPL 0"),
     guest(
+        "interrupts",
+        Group::Control,
+        "PIC, PIT and local APIC timer, HLT, shadows, nesting and priorities, NMI",
+    ),
+    guest(
         "mmio-pio",
         Group::Devices,
         "device registers by every kind of instruction: memory-mapped, port and string I/O",
