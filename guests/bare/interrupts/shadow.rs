@@ -98,7 +98,6 @@ pub fn run() {
         ("POPF", s_popf, s_popf_at),
         ("IRET", s_iret, s_iret_at),
         ("STI and HLT", s_hlt, s_hlt_at),
-        ("MOV SS and STI"),
     ];
     for (name, code, at) in cases {
         HITS.store(0);
