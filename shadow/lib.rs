@@ -1,1 +1,245 @@
-//! The shadow backend: software shadow page tables.
+//! The shadow backend: tables of the engine's own that translate guest-virtual to host-physical addresses, built from the
+//! guest's tables and kept in step with them.
+//!
+//! The hardware walks the shadow table and never sees the guest's. What the shadow lacks is filled in when an access
+//! faults; a guest table that is shadowed is write protected, so that no change of it goes unseen. The README tells the
+//! story of one fault, one table write and one CR3 load. In the order of an access's path:
+//!
+//! 1. [`fill`]: a fault comes in; the guest's tables are walked, and the shadow is made to say what they say;
+//! 2. [`role`]: what a shadow page's content depends on, and what an entry of it has to say;
+//! 3. [`spte`]: one shadow entry;
+//! 4. [`pages`]: the cache of shadow pages; [`entries`]: putting entries in and taking them out;
+//! 5. [`rmap`]: from a guest frame to the entries that map it;
+//! 6. [`protect`]: write protection of guest tables, and what follows when one is written;
+//! 7. [`mmio`]: device pages;
+//! 8. [`cr3`]: roots, and the flushes that changes of control registers ask for; [`splinter`]: those of INVLPG;
+//! 9. [`reclaim`]: what goes when the pool is full;
+//! 10. [`dirty`]: changes made by the host, and the dirty log;
+//! 11. [`audit`]: every invariant, checked;
+//! 12. [`options`]: the switches.
+//!
+//! Assumed of the guest-physical map: no two guest frames share a host frame. Otherwise a table could be written through
+//! the other name of its frame, and write protection would not see it.
+
+mod audit;
+mod cr3;
+mod dirty;
+mod entries;
+mod fill;
+mod mmio;
+mod options;
+mod pages;
+mod protect;
+mod reclaim;
+mod rmap;
+mod role;
+mod splinter;
+mod spte;
+
+pub use options::Options;
+
+use cr3::{Cpu, PdpteSets};
+use fill::Path;
+use guestmem::{Gfn, Gpa, GuestMemory, Gva};
+use mmu::{
+    AuditError, Controls, Counters, CpuId, Fault, FaultKind, Intercepts, InvpcidKind, MmuBackend, MmuError,
+    PagingMode, PagingState, Resolution, TableRoot, TlbFlush,
+};
+use pages::{Pages, frame_of};
+use protect::Tracker;
+use rmap::Rmap;
+use splinter::Splinters;
+use std::sync::Arc;
+
+/// The shadow backend. What belongs to the VM is here; what belongs to one CPU is in its [`cr3::Cpu`].
+#[derive(Debug)]
+pub struct ShadowMmu {
+    memory: Arc<GuestMemory>,
+    options: Options,
+    counters: Counters,
+    pages: Pages,
+    rmap: Rmap,
+    tracker: Tracker,
+    splinters: Box<Splinters>,
+    pdpte_sets: PdpteSets,
+    cpus: Vec<Cpu>,
+    /// The pages that the fill in progress goes through: they must not be reclaimed.
+    path: Path,
+    /// Flushes owed by what was done so far; handed out by the next answer that can carry one.
+    pending: TlbFlush,
+    /// The page-id list of the table write in progress, kept for its memory.
+    scratch: Vec<pages::PageId>,
+}
+
+impl ShadowMmu {
+    /// A backend for the guest with this memory, without CPUs.
+    pub fn new(memory: Arc<GuestMemory>, options: Options) -> Self {
+        let end = memory.end();
+        Self {
+            memory,
+            options,
+            counters: Counters::default(),
+            pages: Pages::default(),
+            rmap: Rmap::new(end),
+            tracker: Tracker::new(end),
+            splinters: Box::default(),
+            pdpte_sets: PdpteSets::default(),
+            cpus: Vec::new(),
+            path: Path::default(),
+            pending: TlbFlush::None,
+            scratch: Vec::new(),
+        }
+    }
+
+    /// The switches in force.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// How many shadow pages there are.
+    pub fn shadow_pages(&self) -> usize {
+        self.pages.live()
+    }
+
+    /// What the hardware walk is told of the control registers: the guest's own values of what it can check exactly, and
+    /// write protection and execute-disable always on, because the engine uses them.
+    fn hardware_controls(state: &PagingState) -> Controls {
+        if state.mode() == PagingMode::Off {
+            return Controls { wp: true, nxe: true, ..Controls::default() };
+        }
+        Controls { wp: true, nxe: true, ..state.controls() }
+    }
+
+    fn owe(&mut self, flush: TlbFlush) {
+        self.pending = self.pending.and(flush);
+    }
+
+    /// The flush of an answer: what the event asks for and what is owed.
+    fn pay(&mut self, flush: TlbFlush) -> TlbFlush {
+        let flush = std::mem::take(&mut self.pending).and(flush);
+        if flush == TlbFlush::All {
+            self.splinters.flushed();
+        }
+        flush
+    }
+
+    fn checked<T>(&self, answer: T) -> Result<T, MmuError> {
+        if self.options.audit_every_event {
+            self.audit()?;
+        }
+        Ok(answer)
+    }
+}
+
+impl MmuBackend for ShadowMmu {
+    fn name(&self) -> &'static str {
+        "shadow"
+    }
+
+    fn add_cpu(&mut self, state: &PagingState) -> Result<CpuId, MmuError> {
+        let id = CpuId(self.cpus.len() as u16);
+        let root = self.take_root(state)?;
+        self.cpus.push(Cpu { state: *state, root });
+        self.checked(id)
+    }
+
+    fn root(&self, cpu: CpuId) -> TableRoot {
+        let Cpu { state, root } = &self.cpus[usize::from(cpu.0)];
+        TableRoot::Shadow {
+            root: frame_of(*root).base(),
+            format: mmu::entry::Long {
+                levels: if state.mode() == PagingMode::Level5 { 5 } else { 4 },
+                nxe: true,
+                phys_bits: spte::PHYS_BITS,
+                gib_pages: true,
+            },
+            controls: Self::hardware_controls(state),
+        }
+    }
+
+    fn intercepts(&self) -> Intercepts {
+        Intercepts::CR3_LOAD
+            | Intercepts::PAGING_CONTROL
+            | Intercepts::INVLPG
+            | Intercepts::INVPCID
+            | Intercepts::PAGE_FAULT
+            | Intercepts::PKRU
+    }
+
+    fn fault(&mut self, cpu: CpuId, fault: &Fault, state: &PagingState) -> Result<Resolution, MmuError> {
+        let FaultKind::Page(code) = fault.kind else {
+            return Err(AuditError {
+                rule: "the CPU raises page faults only",
+                detail: format!("{:?} at {}", fault.kind, fault.gva),
+            }
+            .into());
+        };
+        self.adopt(cpu, state)?;
+        let resolution = self.resolve(cpu, fault, code, state)?;
+        self.checked(resolution)
+    }
+
+    fn guest_table_written(&mut self, gpa: Gpa, len: u64) -> Result<TlbFlush, MmuError> {
+        self.table_written(gpa, len);
+        let flush = self.pay(TlbFlush::None);
+        self.checked(flush)
+    }
+
+    fn load_cr3(&mut self, cpu: CpuId, state: &PagingState, keep: bool) -> Result<TlbFlush, MmuError> {
+        let flush = self.cr3_loaded(cpu, state, keep)?;
+        let flush = self.pay(flush);
+        self.checked(flush)
+    }
+
+    fn invlpg(&mut self, cpu: CpuId, gva: Gva, state: &PagingState) -> Result<TlbFlush, MmuError> {
+        self.adopt(cpu, state)?;
+        let pieces = self.splinters.may_hold_pieces(gva);
+        let flush = self.pay(if pieces { TlbFlush::All } else { TlbFlush::Page(gva) });
+        self.checked(flush)
+    }
+
+    fn invpcid(
+        &mut self,
+        cpu: CpuId,
+        kind: InvpcidKind,
+        pcid: u16,
+        gva: Gva,
+        state: &PagingState,
+    ) -> Result<TlbFlush, MmuError> {
+        self.adopt(cpu, state)?;
+        let flush = match kind {
+            InvpcidKind::Address if self.splinters.may_hold_pieces(gva) => TlbFlush::Pcid(pcid),
+            InvpcidKind::Address => TlbFlush::PageOf(pcid, gva),
+            InvpcidKind::SingleContext => TlbFlush::Pcid(pcid),
+            InvpcidKind::AllIncludingGlobal => TlbFlush::All,
+            InvpcidKind::AllNonGlobal => TlbFlush::NonGlobal,
+        };
+        let flush = self.pay(flush);
+        self.checked(flush)
+    }
+
+    fn paging_changed(
+        &mut self,
+        cpu: CpuId,
+        old: &PagingState,
+        state: &PagingState,
+    ) -> Result<TlbFlush, MmuError> {
+        let flush = self.controls_changed(cpu, old, state)?;
+        let flush = self.pay(flush);
+        self.checked(flush)
+    }
+
+    fn memory_changed(&mut self, frames: std::ops::Range<Gfn>) -> Result<TlbFlush, MmuError> {
+        self.map_changed(frames)?;
+        let flush = self.pay(TlbFlush::All);
+        self.checked(flush)
+    }
+
+    fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    fn audit(&self) -> Result<(), AuditError> {
+        audit::audit(self)
+    }
+}

@@ -1,0 +1,107 @@
+//! What the host does to guest memory: changes of the guest-physical map, and the dirty log.
+//!
+//! After a change of the map, every entry for the frames concerned goes, device markers too, and so does every shadow page
+//! whose table lay in one of them. While the dirty log is on and a frame's memory is the same as before, taking write
+//! permission is enough, and large entries go, because the log is kept by 4 KiB frames. Either way the TLB is flushed.
+
+use crate::ShadowMmu;
+use crate::pages::PageId;
+use crate::spte;
+use guestmem::{FrameMark, Gfn, Slot};
+use mmu::{Counter, MmuError};
+
+impl ShadowMmu {
+    /// The host changed what stands behind these frames, or wants to see the next write to each.
+    pub(crate) fn map_changed(&mut self, frames: std::ops::Range<Gfn>) -> Result<(), MmuError> {
+        let (first, end) = (frames.start.0, frames.end.0);
+        if first >= end {
+            return Ok(());
+        }
+        let dense_end = end.min(self.rmap.end());
+        for gfn in first..dense_end {
+            self.frame_changed(Gfn(gfn));
+        }
+        for level in [2u8, 3] {
+            let frames_each = 1u64 << (9 * u32::from(level - 1));
+            let mut gfn = first & !(frames_each - 1);
+            while gfn < dense_end {
+                self.drop_block(Gfn(gfn), level);
+                gfn += frames_each;
+            }
+        }
+        for gfn in self.rmap.sparse_frames(first.max(dense_end)..end) {
+            self.frame_changed(Gfn(gfn));
+        }
+        for gfn in self.tracker.tracked_in(first..end) {
+            self.table_moved(gfn)?;
+        }
+        Ok(())
+    }
+
+    /// Drops or write-protects the 4 KiB entries for a frame.
+    fn frame_changed(&mut self, gfn: Gfn) {
+        let log_only = self.memory.dirty().is_active();
+        let slot = self.memory.slot(gfn);
+        let mut at = self.rmap.head(gfn, 1);
+        while !at.is_none() {
+            let next = self.pages.slot(at).next;
+            let raw = self.entry(at);
+            let kept = log_only
+                && match slot {
+                    Slot::Ram(frame) => spte::kind(raw, 1) == spte::Kind::Leaf && spte::frame(raw) == frame,
+                    Slot::Rom(frame) => {
+                        spte::kind(raw, 1) == spte::Kind::Leaf
+                            && spte::frame(raw) == frame
+                            && !spte::is_writable(raw)
+                    }
+                    Slot::Mmio => spte::kind(raw, 1) == spte::Kind::Marker,
+                    Slot::Unbacked => false,
+                };
+            if !kept {
+                self.drop_entry(at);
+            } else if slot != Slot::Mmio && spte::is_writable(raw) && !self.memory.dirty().is_marked(gfn) {
+                self.change_leaf(at, spte::read_only(raw));
+                self.counters.count(Counter::ShadowWriteProtected);
+            }
+            at = next;
+        }
+        if !self.memory.dirty().is_active() || self.rmap.head(gfn, 1).is_none() {
+            self.tracker.take_back(gfn);
+        }
+    }
+
+    /// What stands behind a tracked frame may be another host frame now, with other contents.
+    fn table_moved(&mut self, gfn: Gfn) -> Result<(), MmuError> {
+        let Some(tracked) = self.tracker.get(gfn) else { return Ok(()) };
+        let now = match self.memory.slot(gfn) {
+            Slot::Ram(frame) | Slot::Rom(frame) => Some(frame),
+            Slot::Mmio => None,
+            Slot::Unbacked => self.table_frame(gfn)?,
+        };
+        let pages: Vec<PageId> = self.pages.same_frame(tracked.first).collect();
+        if now == tracked.frame && self.memory.dirty().is_active() {
+            return Ok(());
+        }
+        let host = self.memory.host();
+        if now != tracked.frame {
+            if let Some(frame) = tracked.frame {
+                host.unmark(frame, FrameMark::TABLE);
+            }
+            if let Some(frame) = now {
+                host.mark(frame, FrameMark::TABLE);
+            }
+            self.tracker.set_frame(gfn, now);
+        }
+        for id in pages {
+            if !self.pages.is_live(id) || self.pages[id].gfn != gfn {
+                continue;
+            }
+            if self.pages[id].pins > 0 {
+                self.drop_entries(id);
+            } else {
+                self.zap_page(id);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,372 @@
+//! Write protection of guest tables, and what follows when one is written.
+//!
+//! A guest frame that has a shadow page is *tracked*: no shadow entry permits writes to it, and the host frame carries
+//! [`FrameMark::TABLE`], so that writes of devices are noted as well. Tracking begins with the first shadow page of the
+//! frame and ends with the last.
+//!
+//! When tracking begins, entries that permit writes lose that right, and the TLB must forget them. Whether any can be in
+//! the TLB is known exactly enough: `handed_out` has a bit for each frame that an entry permitted writes to since the TLB
+//! was last made to forget the frame. (Entries that are gone by now count too: the guest need not have flushed them.)
+//!
+//! When a tracked frame is written, the shadow entries that stand for the bytes written are made to say what the guest's
+//! now say, or nothing. The TLB is not touched: the guest changed its own table, and whatever old translation the TLB
+//! holds may stay there until the guest flushes it (SDM Vol. 3 §4.10.2.3).
+
+use crate::ShadowMmu;
+use crate::fill::Filler;
+use crate::pages::{EntryRef, FixedMap, PageId};
+use crate::role::{Leaf, Role, Target};
+use crate::spte;
+use guestmem::{Backing, FrameMark, Gfn, Gpa, Hfn, Slot};
+use mmu::entry::bits::{A, D};
+use mmu::{AccessKind, Counter, MmuError, Privilege, TlbFlush, Walk, WalkEnd};
+
+/// A tracked frame.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tracked {
+    /// The first of its shadow pages.
+    pub first: PageId,
+    /// The host frame that is marked; `None` where no memory is.
+    pub frame: Option<Hfn>,
+}
+
+/// Which frames are tracked, and which were handed out for writing.
+#[derive(Debug)]
+pub(crate) struct Tracker {
+    frames: FixedMap<u64, Tracked>,
+    in_2m: Vec<u16>,
+    in_1g: Vec<u32>,
+    handed_out: Vec<u64>,
+    end: u64,
+}
+
+impl Tracker {
+    /// Nothing tracked, for a guest whose memory ends before frame `end`.
+    pub fn new(end: Gfn) -> Self {
+        let end = end.0;
+        Self {
+            frames: FixedMap::default(),
+            in_2m: vec![0; (end >> 9) as usize + 1],
+            in_1g: vec![0; (end >> 18) as usize + 1],
+            // Whole 2 MiB blocks, so that a large entry always has its words.
+            handed_out: vec![0; ((end >> 9) as usize + 1) * 8],
+            end,
+        }
+    }
+
+    /// The tracked frame.
+    #[inline]
+    pub fn get(&self, gfn: Gfn) -> Option<Tracked> {
+        self.frames.get(&gfn.0).copied()
+    }
+
+    #[inline]
+    pub fn is_tracked(&self, gfn: Gfn) -> bool {
+        self.frames.contains_key(&gfn.0)
+    }
+
+    /// Whether a frame of the block that an entry of a table of `level` would map is tracked.
+    pub fn in_block(&self, gfn: Gfn, level: u8) -> bool {
+        match level {
+            1 => self.is_tracked(gfn),
+            2 => self.in_2m.get((gfn.0 >> 9) as usize).is_some_and(|&n| n > 0),
+            _ => self.in_1g.get((gfn.0 >> 18) as usize).is_some_and(|&n| n > 0),
+        }
+    }
+
+    /// The tracked frames within a range, ascending.
+    pub fn tracked_in(&self, range: std::ops::Range<u64>) -> Vec<Gfn> {
+        let mut frames: Vec<u64> = self.frames.keys().copied().filter(|gfn| range.contains(gfn)).collect();
+        frames.sort_unstable();
+        frames.into_iter().map(Gfn).collect()
+    }
+
+    /// An entry of a table of `level` permits writes to the block that begins at `gfn`.
+    #[inline]
+    pub fn hand_out(&mut self, gfn: Gfn, level: u8) {
+        let word = (gfn.0 / 64) as usize;
+        if level == 1 {
+            if let Some(bits) = self.handed_out.get_mut(word) {
+                *bits |= 1 << (gfn.0 % 64);
+            }
+            return;
+        }
+        let words = 8 << (9 * u32::from(level - 2));
+        let end = (word + words).min(self.handed_out.len());
+        if let Some(bits) = self.handed_out.get_mut(word..end) {
+            bits.fill(u64::MAX);
+        }
+    }
+
+    /// Whether the TLB may hold a translation that permits writes to the frame; from now on it must not.
+    pub fn take_back(&mut self, gfn: Gfn) -> bool {
+        let Some(bits) = self.handed_out.get_mut((gfn.0 / 64) as usize) else { return false };
+        let bit = 1 << (gfn.0 % 64);
+        let was = *bits & bit != 0;
+        *bits &= !bit;
+        was
+    }
+
+    pub fn was_handed_out(&self, gfn: Gfn) -> bool {
+        self.handed_out.get((gfn.0 / 64) as usize).is_some_and(|bits| bits >> (gfn.0 % 64) & 1 != 0)
+    }
+
+    fn count(&mut self, gfn: Gfn, more: bool) {
+        if gfn.0 >= self.end {
+            return;
+        }
+        let (a, b) = (&mut self.in_2m[(gfn.0 >> 9) as usize], &mut self.in_1g[(gfn.0 >> 18) as usize]);
+        if more {
+            (*a, *b) = (*a + 1, *b + 1);
+        } else {
+            (*a, *b) = (*a - 1, *b - 1);
+        }
+    }
+
+    /// All tracked frames, in no order, and the counts of blocks; for the audit.
+    pub fn all(&self) -> impl Iterator<Item = (Gfn, &Tracked)> {
+        self.frames.iter().map(|(&gfn, tracked)| (Gfn(gfn), tracked))
+    }
+
+    pub fn block_counts(&self) -> (&[u16], &[u32]) {
+        (&self.in_2m, &self.in_1g)
+    }
+
+    /// Replaces the host frame that is marked.
+    pub fn set_frame(&mut self, gfn: Gfn, frame: Option<Hfn>) {
+        if let Some(tracked) = self.frames.get_mut(&gfn.0) {
+            tracked.frame = frame;
+        }
+    }
+}
+
+impl ShadowMmu {
+    /// The host frame of a guest table. None where no memory is: such a table reads as all ones.
+    pub(crate) fn table_frame(&self, gfn: Gfn) -> Result<Option<Hfn>, MmuError> {
+        Ok(match self.memory.backing(gfn)? {
+            Backing::Memory { frame, .. } => Some(frame),
+            Backing::Mmio => None,
+        })
+    }
+
+    /// Tracks a frame for one more shadow page.
+    pub(crate) fn track(&mut self, gfn: Gfn, id: PageId, frame: Option<Hfn>) {
+        if let Some(tracked) = self.tracker.frames.get_mut(&gfn.0) {
+            self.pages[id].same_frame = tracked.first;
+            tracked.first = id;
+            return;
+        }
+        self.tracker.frames.insert(gfn.0, Tracked { first: id, frame });
+        self.tracker.count(gfn, true);
+        if let Some(frame) = frame {
+            self.memory.host().mark(frame, FrameMark::TABLE);
+            self.protect(gfn);
+            if self.tracker.take_back(gfn) {
+                self.owe(TlbFlush::Frame(frame));
+            }
+        }
+    }
+
+    /// One shadow page less.
+    pub(crate) fn untrack(&mut self, gfn: Gfn, id: PageId) {
+        let Some(tracked) = self.tracker.frames.get_mut(&gfn.0) else { return };
+        let next = self.pages[id].same_frame;
+        if tracked.first != id {
+            let mut before = tracked.first;
+            while self.pages[before].same_frame != id {
+                before = self.pages[before].same_frame;
+            }
+            self.pages[before].same_frame = next;
+            return;
+        }
+        tracked.first = next;
+        if next == 0 {
+            let frame = tracked.frame;
+            self.tracker.frames.remove(&gfn.0);
+            self.tracker.count(gfn, false);
+            if let Some(frame) = frame {
+                self.memory.host().unmark(frame, FrameMark::TABLE);
+            }
+        }
+    }
+
+    /// Takes write permission for a frame from every entry. Large entries that cover it are dropped: what replaces them
+    /// maps the rest of the block by small ones.
+    pub(crate) fn protect(&mut self, gfn: Gfn) {
+        if self.tracker.was_handed_out(gfn) {
+            let mut at = self.rmap.head(gfn, 1);
+            while !at.is_none() {
+                let raw = self.entry(at);
+                if spte::kind(raw, 1) == spte::Kind::Leaf && spte::is_writable(raw) {
+                    self.change_leaf(at, spte::read_only(raw));
+                    self.counters.count(Counter::ShadowWriteProtected);
+                }
+                at = self.pages.slot(at).next;
+            }
+        }
+        for level in [2, 3] {
+            self.drop_block(gfn, level);
+        }
+    }
+
+    /// Drops every entry of tables of `level` that maps the block with `gfn` in it.
+    pub(crate) fn drop_block(&mut self, gfn: Gfn, level: u8) {
+        loop {
+            let at = self.rmap.head(gfn, level);
+            if at.is_none() {
+                break;
+            }
+            self.drop_entry(at);
+        }
+    }
+
+    /// `len` bytes at `gpa` were written.
+    pub(crate) fn table_written(&mut self, gpa: Gpa, len: u64) {
+        let Some(tracked) = self.tracker.get(gpa.frame()) else { return };
+        if len == 0 {
+            return;
+        }
+        let first = gpa.page_offset();
+        let last = first.saturating_add(len - 1).min(0xfff);
+        let mut ids = std::mem::take(&mut self.scratch);
+        ids.clear();
+        ids.extend(self.pages.same_frame(tracked.first));
+        for &id in &ids {
+            // What was dropped for one page may have taken another of the list with it.
+            if !self.pages.is_live(id) || self.pages[id].gfn != gpa.frame() {
+                continue;
+            }
+            if self.is_flooded(id) {
+                self.counters.count(Counter::ShadowFloodZaps);
+                self.zap_page(id);
+                continue;
+            }
+            let role = self.pages[id].role;
+            for index in role.shadow_indexes(first, last) {
+                self.revalidate(EntryRef::new(id, index), &role);
+            }
+        }
+        self.scratch = ids;
+    }
+
+    /// Whether a guest table is written so much more than it is used that shadowing it costs more than it saves. What is
+    /// lost are the entries, each of which costs a fault to fill again; what is saved is a trap for each further write.
+    /// So a page goes once it took as many writes, none of them followed by a fault through it, as it has entries.
+    fn is_flooded(&mut self, id: PageId) -> bool {
+        let page = &mut self.pages[id];
+        page.writes = page.writes.saturating_add(1);
+        let worth = if page.role.level == 1 { page.count } else { page.count.saturating_mul(8) };
+        self.options.flood_zap && page.pins == 0 && page.writes > worth.saturating_add(8)
+    }
+
+    /// Makes an entry say what the guest's entry now says, or nothing.
+    fn revalidate(&mut self, at: EntryRef, role: &Role) {
+        let old = self.entry(at);
+        let raw = self.guest_entry(at);
+        let target = role.guest_target(at.index(), raw);
+        match (spte::kind(old, role.level), target) {
+            (spte::Kind::Link, _) if self.link_still_holds(at, old, raw, &target) => {}
+            (_, Target::Leaf(leaf)) if role.level == 1 && raw & A != 0 => {
+                self.update_leaf(at, old, role, &leaf)
+            }
+            (spte::Kind::Empty, _) => {}
+            _ => self.drop_entry(at),
+        }
+    }
+
+    /// Makes a 4 KiB entry map what the guest's new entry maps, or nothing. Nobody accesses the page now, so the rights
+    /// are those that a read would get.
+    fn update_leaf(&mut self, at: EntryRef, old: u64, role: &Role, leaf: &Leaf) {
+        let access = mmu::Access::new(AccessKind::Read, Privilege::Supervisor);
+        let new = match self.memory.slot(leaf.gfn) {
+            Slot::Ram(frame) => {
+                let rights = Filler { role, leaf, access: &access }.rights(self, true);
+                spte::leaf(frame, 1, rights, leaf.global, leaf.pkey)
+            }
+            _ => 0,
+        };
+        if new == old {
+            return;
+        }
+        self.drop_entry(at);
+        if new != 0 && self.options.eager_update {
+            self.set_leaf(at, new, leaf.gfn);
+            self.counters.count(Counter::ShadowEntriesFilled);
+        }
+    }
+
+    /// Whether a link leads where the guest's entry still leads, with the same rights.
+    fn link_still_holds(&self, at: EntryRef, old: u64, raw: u64, target: &Target) -> bool {
+        let child = &self.pages[crate::pages::page_in(spte::frame(old))];
+        let (gfn, role, rights) = match *target {
+            _ if raw & A == 0 => return false,
+            Target::Nothing => return false,
+            Target::Table { gfn, role, rights } => (gfn, role, rights),
+            Target::Leaf(leaf) => {
+                let role = self.pages[at.page()].role;
+                (leaf.gfn, role.direct_child(&leaf), role.direct_link_rights(&leaf))
+            }
+        };
+        child.gfn == gfn && child.role == role && old == spte::link(spte::frame(old), rights)
+    }
+
+    /// The guest's entry behind an entry of a `Guest` page, with the flags taken as set that cannot be: where the table
+    /// is no writable memory, accessed and dirty flags are lost when written.
+    pub(crate) fn guest_entry(&self, at: EntryRef) -> u64 {
+        let page = &self.pages[at.page()];
+        let bytes = page.role.entry_bytes();
+        let offset = page.role.guest_index(at.index()) * bytes;
+        let (frame, lost) = match self.memory.slot(page.gfn) {
+            Slot::Ram(frame) => (frame, 0),
+            Slot::Rom(frame) => (frame, A | D),
+            Slot::Unbacked => return 0,
+            Slot::Mmio => return if bytes == 4 { 0xffff_ffff } else { u64::MAX },
+        };
+        let hpa = frame.base().wrapping_add(offset);
+        let host = self.memory.host();
+        let raw = if bytes == 4 { host.read_u32(hpa).map(u64::from) } else { host.read_u64(hpa) };
+        raw.unwrap_or(0) | lost
+    }
+
+    /// Counts the accessed and dirty flags that a walk has set in guest tables. Setting one only ever adds rights, so
+    /// shadow entries need not follow; but where a frame is a table of 4-byte and of 8-byte entries at once, a flag of
+    /// the one kind may be an address bit of the other.
+    pub(crate) fn flags_were_set(&mut self, walk: &Walk, write: bool) {
+        let steps = walk.steps().len();
+        for (i, step) in walk.steps().iter().enumerate() {
+            let leaf = i + 1 == steps;
+            if leaf && !matches!(walk.end, WalkEnd::Mapped(_)) {
+                break;
+            }
+            let accessed = step.raw & A == 0;
+            let dirty = leaf && write && step.raw & D == 0;
+            if accessed {
+                self.counters.count(Counter::ShadowAccessedSet);
+            }
+            if dirty {
+                self.counters.count(Counter::ShadowDirtySet);
+            }
+            if accessed || dirty {
+                self.flag_was_set(Gpa(step.address));
+            }
+        }
+    }
+
+    fn flag_was_set(&mut self, gpa: Gpa) {
+        let Some(tracked) = self.tracker.get(gpa.frame()) else { return };
+        let bytes = self.pages[tracked.first].role.entry_bytes();
+        if self.pages.same_frame(tracked.first).all(|id| self.pages[id].role.entry_bytes() == bytes) {
+            return;
+        }
+        // Rare beyond reason, so in the plainest way: as a write of the byte that holds both flags.
+        let pages: Vec<PageId> = self.pages.same_frame(tracked.first).collect();
+        for id in pages {
+            if self.pages.is_live(id) && self.pages[id].gfn == gpa.frame() {
+                let role = self.pages[id].role;
+                for index in role.shadow_indexes(gpa.page_offset(), gpa.page_offset()) {
+                    self.revalidate(EntryRef::new(id, index), &role);
+                }
+            }
+        }
+    }
+}
