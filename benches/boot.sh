@@ -13,10 +13,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Where the counts stand in the program's --report file: a heading, then the path of the number, with dots between the keys.
 # A path that the report has not is shown as "?", and the run says so.
 counts=(
-    "instructions:instructions"
-    "exits:exits.total"
-    "walk references:walk_references"
-    "table bytes:table_bytes"
+    "instructions:counts.instructions"
+    "exits:counts.exits"
+    "walk references:counts.counters.walk_references"
+    "table bytes:counts.table_bytes_peak"
 )
 
 usage() {

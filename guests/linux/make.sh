@@ -107,7 +107,7 @@ make_kernel() {
         [ -f "$1" ] || fail "the package '$package' holds no boot/vmlinuz-*"
         cp "$1" "$work/vmlinuz"
     fi
-    [ "$(dd if="$work/vmlinuz" bs=1 skip=514 count=4 2>/dev/null)" = HdrS ] ||
+    [ "$(od -An -v -t x1 -j 514 -N 4 "$work/vmlinuz" | tr -d ' \n')" = 48647253 ] ||
         fail "'${kernel:-$package}' is not a bzImage: it has no HdrS at offset 514"
 }
 
