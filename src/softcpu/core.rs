@@ -75,23 +75,6 @@ pub struct Msrs {
     pub mtrr: [u64; 32],
 }
 
-/// The 512-byte FXSAVE image that holds x87, MMX and SSE state.
-#[derive(Clone, Debug)]
-#[repr(C, align(64))]
-pub struct FxState(pub [u8; 512]);
-
-impl Default for FxState {
-    /// After reset (SDM Vol. 3 table 10-1): FCW 0x40, MXCSR 0x1f80.
-    fn default() -> Self {
-        let mut image = [0; 512];
-        image[0] = 0x40;
-        image[4] = 0xff;
-        image[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
-        image[28..32].copy_from_slice(&crate::model::MXCSR_MASK.to_le_bytes());
-        Self(image)
-    }
-}
-
 /// The state of one CPU.
 pub struct Core {
     /// 0–15: general registers; 16: zero; 17: RIP; the rest unused. While a block runs RIP is that of its first
@@ -145,7 +128,7 @@ pub struct Core {
     /// MSRs.
     pub msrs: Msrs,
     /// x87, MMX and SSE.
-    pub fx: FxState,
+    pub fpu: Box<crate::native::FpuContext>,
     /// The CPU model.
     pub model: crate::model::CpuModel,
     /// NMIs are blocked until IRET.
@@ -215,7 +198,7 @@ impl Core {
             xcr0: 1,
             debug: [0, 0, 0, 0, 0xffff_0ff0, 0x400],
             msrs: Msrs { pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() },
-            fx: FxState::default(),
+            fpu: Box::default(),
             model,
             nmi_blocked: false,
             root: TableRoot::Nested {

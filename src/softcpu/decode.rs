@@ -120,6 +120,7 @@ fn translate(insn: &Instruction, at: usize, mode: CodeMode, core: &mut Core) -> 
         off: at as u16,
         next: (at + insn.len()) as u16,
         insn: None,
+        ext: None,
     };
     if has_memory(insn) {
         memory_operand(insn, &mut op, mode);

@@ -20,6 +20,7 @@ pub mod flags;
 pub mod memory;
 pub mod model;
 pub mod msr;
+pub mod native;
 pub mod op;
 #[cfg(test)]
 mod oracle;

@@ -7,9 +7,6 @@
 
 use iced_x86::{CpuidFeature, Instruction, Mnemonic};
 
-/// MXCSR bits that can be set.
-pub const MXCSR_MASK: u32 = 0xffff;
-
 /// A CPU model.
 #[derive(Clone, Debug)]
 pub struct CpuModel {
@@ -144,6 +141,12 @@ impl CpuModel {
             | 1 << 17
             | 1 << 20
             | 1 << 21
+    }
+
+    /// Extensions that are executed by the host's own processor and so must be there.
+    pub fn native_features(&self) -> &'static [CpuidFeature] {
+        use CpuidFeature as F;
+        &[F::SSE3, F::SSSE3, F::SSE4_1, F::SSE4_2, F::AES, F::PCLMULQDQ, F::POPCNT]
     }
 
     /// XCR0 bits that can be set.

@@ -76,6 +76,17 @@ pub struct Op {
     pub next: u16,
     /// The whole instruction, for handlers that need more.
     pub insn: Option<Box<Instruction>>,
+    /// How a vector instruction is executed.
+    pub ext: Option<Box<Ext>>,
+}
+
+/// How a vector instruction is executed.
+#[derive(Clone, Copy, Debug)]
+pub enum Ext {
+    /// By a plain Rust body.
+    Fast(crate::native::fast::Fast),
+    /// By a native stub.
+    Stub(crate::native::Stub),
 }
 
 impl Op {

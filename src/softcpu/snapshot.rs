@@ -50,7 +50,7 @@ impl Core {
             debug: self.debug,
             pkru: self.paging.pkru,
             xcr0: self.xcr0,
-            fxsave: self.fx.0.chunks_exact(8).map(word).collect(),
+            fxsave: self.fpu.image().chunks_exact(8).map(word).collect(),
             msrs: msrs!(held).map(|(index, value)| (index, *value)).to_vec(),
             interrupt_shadow: self.attention.contains(Attention::SHADOW),
             nmi_blocked: self.nmi_blocked,
@@ -76,9 +76,12 @@ impl Core {
         self.cr2 = state.cr2;
         self.debug = state.debug;
         self.xcr0 = state.xcr0;
-        for (bytes, word) in self.fx.0.chunks_exact_mut(8).zip(&state.fxsave) {
+        let mut image = *self.fpu.image();
+        for (bytes, word) in image.chunks_exact_mut(8).zip(&state.fxsave) {
             bytes.copy_from_slice(&word.to_le_bytes());
         }
+        // An image with reserved MXCSR bits, which no CPU can have held, leaves the state as it is.
+        let _refused = self.fpu.load_image(&image);
         for (index, value) in &state.msrs {
             if let Some((_, slot)) = msrs!(self.msrs).into_iter().find(|(i, _)| i == index) {
                 *slot = *value;

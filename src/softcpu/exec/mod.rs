@@ -85,7 +85,7 @@ pub fn select(insn: &Instruction, op: &mut Op, mode: CodeMode, core: &mut Core) 
         .or_else(|| io::select(insn, op))
         .or_else(|| far::select(insn, op, mode))
         .or_else(|| system::select(insn, op, mode))
-        .or_else(|| crate::vector::select(insn, op, mode, core))
+        .or_else(|| crate::vector::select(insn, op, core))
         .unwrap_or(Selected::ending(undefined))
 }
 
