@@ -50,6 +50,12 @@ impl EptMmu {
         if cap < Options::MIN_TABLES {
             return Err(SetupError::TooFewTables { frames: cap, needed: Options::MIN_TABLES });
         }
+        if cap < Options::SAFE_TABLES {
+            tracing::warn!(
+                "{cap} frames for nested tables are fewer than {}: a guest can contrive an instruction that never ends",
+                Options::SAFE_TABLES
+            );
+        }
         let logging = memory.dirty().is_active();
         let tables = table::Tables::new(Arc::clone(&memory), cap)?;
         Ok(Self { memory, options, tables, logging, cpus: 0 })

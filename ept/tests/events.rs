@@ -220,13 +220,29 @@ fn a_full_pool_gives_up_the_oldest_tables() {
 }
 
 #[test]
+fn reclaim_takes_no_more_than_it_must() {
+    let mut g = Guest::new(&pc(Policy::Linear, 64), Options { max_tables: Some(6), ..SMALL });
+    for gpa in [0, 2 * MIB, 4 * GIB] {
+        g.check(Gpa(gpa), Write);
+    }
+    // The root, level 3, two of level 2 and three of level 1 would be seven: the oldest that leads to no other went.
+    assert_eq!((g.mmu.tables_in_use(), g.mmu.tables_reclaimed()), (6, 1));
+    g.check(Gpa(2 * MIB + 8), Write);
+    assert!(g.exits.is_empty());
+    g.check(Gpa(0), Write);
+    assert_eq!(g.exits.len(), 1);
+}
+
+#[test]
 fn a_pool_without_a_frame_to_spare_zaps_what_it_cannot_split() {
     let mut g = Guest::new(&pc(Policy::Linear, 64), Options { max_tables: Some(4), ..Options::default() });
     g.check(Gpa(0x1000), Write);
     g.check(Gpa(2 * MIB), Write);
     assert_eq!((g.mmu.tables_in_use(), g.count(Counter::EptLargeFilled)), (4, 1));
+    g.check(Gpa(2 * MIB + 0x9000), Write);
     g.set_slot(Gfn(0x200 + 9), Slot::Mmio);
     assert_eq!((g.count(Counter::EptLargeSplit), g.count(Counter::EptEntriesZapped)), (0, 1));
+    g.check(Gpa(2 * MIB + 0x9000), Write);
     g.check(Gpa(4 * MIB), Read);
     g.start_log();
     assert_eq!((g.count(Counter::EptLargeSplit), g.count(Counter::EptWriteProtected)), (0, 2));
@@ -373,9 +389,10 @@ fn ranges_past_the_end_and_empty_ones_are_harmless() {
         g.check(Gpa(gpa), Read);
     }
     let tables = g.mmu.tables_in_use();
-    for range in [0..0, 0..u64::MAX, u64::MAX - 1..u64::MAX, 9..3, 1 << 36..1 << 40, 5..6] {
-        let flush = g.mmu.memory_changed(Gfn(range.start)..Gfn(range.end)).unwrap();
-        assert_eq!((flush, g.mmu.tables_in_use()), (TlbFlush::None, tables), "{range:?}");
+    for (start, end) in [(0, 0), (0, u64::MAX), (u64::MAX - 1, u64::MAX), (9, 3), (1 << 36, 1 << 40), (5, 6)]
+    {
+        let flush = g.mmu.memory_changed(Gfn(start)..Gfn(end)).unwrap();
+        assert_eq!((flush, g.mmu.tables_in_use()), (TlbFlush::None, tables), "{start:#x} to {end:#x}");
     }
     assert_eq!(g.access(Gpa(2 * MIB), Read), Outcome::Memory(Hpa(GIB + 2 * MIB)));
 }
