@@ -10,7 +10,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::pic_chip::{CASCADE, Chip};
+use crate::pic_chip::{CASCADE, Chip, INITIALISE};
 
 /// The two chips and the cascade between them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -34,6 +34,10 @@ impl Pic {
             chip.write_data(value)
         } else {
             chip.write_command(value)
+        }
+        if !slave && !data_port && value & INITIALISE != 0 {
+            // The master has forgotten what it saw; a slave that still asks must not wait for ever.
+            self.master.set_line(CASCADE, false);
         }
         self.cascade();
     }
@@ -78,6 +82,8 @@ impl Pic {
                 let irq = self.slave.pending(false);
                 if let Some(irq) = irq {
                     self.slave.acknowledge(irq);
+                    // INT falls with every INTA, so that what the slave asks for next is an edge again.
+                    self.master.set_line(CASCADE, false);
                 }
                 self.slave.vector_base | irq.unwrap_or(7)
             }
@@ -97,13 +103,9 @@ impl Pic {
         chip.requests & chip.masked & (1 << (irq & 7)) != 0
     }
 
-    /// Passes the slave's INT pin on. It is a pulse each time, so that a request that became visible by an
-    /// EOI or an unmasking is latched by the master's edge detector.
+    /// Passes the level of the slave's INT pin on.
     fn cascade(&mut self) {
-        self.master.set_line(CASCADE, false);
-        if self.slave.pending(false).is_some() {
-            self.master.set_line(CASCADE, true);
-        }
+        self.master.set_line(CASCADE, self.slave.pending(false).is_some());
     }
 }
 

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 /// The line on which the slave is cascaded.
 pub(crate) const CASCADE: u8 = 2;
 
+/// The bit that makes a command ICW1.
+pub(crate) const INITIALISE: u8 = 1 << 4;
+
 /// Which byte of the initialisation sequence a chip expects next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 enum Expect {
@@ -130,7 +133,7 @@ impl Chip {
     }
 
     pub(crate) fn write_command(&mut self, value: u8) {
-        if value & 0x10 != 0 {
+        if value & INITIALISE != 0 {
             self.start_initialisation(value);
         } else if value & 0x08 != 0 {
             self.write_ocw3(value);
