@@ -78,6 +78,7 @@ pub struct FpuContext {
     pub(super) rflags: u64,
     pub(super) mxcsr_run: u32,
     pub(super) mxcsr_out: u32,
+    /// What compiled code runs under, always: changing it is not allowed to a Rust program.
     mxcsr_host: u32,
     /// What the next x87 instruction is to leave as its own address. The interpreter may set it before each one;
     /// left alone it is zero, which is as deterministic.
@@ -99,7 +100,7 @@ pub mod layout {
     pub const MXCSR_RUN: usize = offset_of!(FpuContext, mxcsr_run);
     /// The MXCSR after the instruction.
     pub const MXCSR_OUT: usize = offset_of!(FpuContext, mxcsr_out);
-    /// Where the host's MXCSR waits.
+    /// The host's MXCSR.
     pub const MXCSR_HOST: usize = offset_of!(FpuContext, mxcsr_host);
 }
 

@@ -8,10 +8,9 @@
 //!
 //! Manual: Intel SDM Vol. 2 chapter 2 (encoding); System V ABI for x86-64 section 3.2.1 (registers of a called function).
 
-use iced_x86::{
-    Code, Decoder, DecoderOptions, Encoder, IcedError, Instruction, MemoryOperand, OpKind, Register,
-};
+use iced_x86::{Code, Instruction, OpKind, Register};
 
+use super::assembly::Assembly;
 use super::context::{image, layout};
 use super::info::{Action, Info, Unsupported, Vectors};
 
@@ -100,7 +99,7 @@ pub fn stub_code(instruction: &Instruction, info: &Info, vectors: &Vectors) -> R
     let places =
         Places::choose(instruction, info).ok_or_else(|| fail("its registers find no place".into()))?;
     let body = rewrite(instruction, &places).ok_or_else(|| fail("it has an unknown register".into()))?;
-    let mut out = Assembly { encoder: Encoder::new(64) };
+    let mut out = Assembly::new();
     (|| {
         prologue(&mut out, info, vectors, &places)?;
         out.checked(&body)?;
@@ -113,14 +112,11 @@ pub fn stub_code(instruction: &Instruction, info: &Info, vectors: &Vectors) -> R
         epilogue(&mut out, info, vectors, &places)
     })()
     .map_err(fail)?;
-    Ok(out.encoder.take_buffer())
+    Ok(out.finish())
 }
 
 fn prologue(out: &mut Assembly, info: &Info, vectors: &Vectors, places: &Places) -> Result<(), String> {
     let exchanges = matches!(info.action, Action::CallX87 | Action::CallMixed);
-    if exchanges || info.action == Action::CallFp {
-        out.memory(Code::Stmxcsr_m32, layout::MXCSR_HOST)?;
-    }
     if exchanges {
         out.memory(Code::Fxrstor64_m512byte, layout::IMAGE)?;
     } else {
@@ -171,6 +167,7 @@ fn epilogue(out: &mut Assembly, info: &Info, vectors: &Vectors, places: &Places)
     }
     match info.action {
         Action::CallMmx => out.plain(Code::Emms)?,
+        // Storing MXCSR costs 5 ns, loading it next to nothing: the host's value, which is a constant, is not stored.
         Action::CallFp | Action::CallX87 | Action::CallMixed => {
             out.memory(Code::Ldmxcsr_m32, layout::MXCSR_HOST)?
         }
@@ -295,100 +292,4 @@ fn ordinary(code: Code) -> Code {
         Code::Movnti_m64_r64 => Code::Mov_rm64_r64,
         other => other,
     }
-}
-
-/// The encoder, with the few shapes of instruction that surround the guest's.
-struct Assembly {
-    encoder: Encoder,
-}
-
-impl Assembly {
-    fn add(&mut self, instruction: &Instruction) -> Result<usize, String> {
-        self.encoder.encode(instruction, 0).map_err(|error| error.to_string())
-    }
-
-    fn plain(&mut self, code: Code) -> Result<(), String> {
-        self.add(&Instruction::with(code)).map(drop)
-    }
-
-    fn memory(&mut self, code: Code, place: usize) -> Result<(), String> {
-        let instruction = Instruction::with1(code, operand(place)).map_err(|error| error.to_string())?;
-        self.add(&instruction).map(drop)
-    }
-
-    fn load(&mut self, code: Code, register: Register, place: usize) -> Result<(), String> {
-        let instruction =
-            Instruction::with2(code, register, operand(place)).map_err(|error| error.to_string())?;
-        self.add(&instruction).map(drop)
-    }
-
-    fn store(&mut self, code: Code, register: Register, place: usize) -> Result<(), String> {
-        let instruction =
-            Instruction::with2(code, operand(place), register).map_err(|error| error.to_string())?;
-        self.add(&instruction).map(drop)
-    }
-
-    /// Gives the host an empty x87 unit with its own control word back. FNINIT does, at 40 ns; where the guest's control
-    /// word is the host's and no exception is pending, EMMS is enough, at 1 ns.
-    fn clean_x87(&mut self) -> Result<(), String> {
-        const HOST_CONTROL: i32 = 0x37F;
-        let text = |error: IcedError| error.to_string();
-        let compare =
-            Instruction::with2(Code::Cmp_rm16_imm16, operand(layout::IMAGE + image::FCW), HOST_CONTROL);
-        let compare = compare.map_err(text)?;
-        let test = Instruction::with2(Code::Test_rm8_imm8, operand(layout::IMAGE + image::FSW), 0x80)
-            .map_err(text)?;
-        let (emms, fninit, jump) = (2_u64, 2_u64, 2_u64);
-        // Short jumps over code whose lengths are known: to FNINIT, to FNINIT, and past it.
-        let test_length = self.length(&test)?;
-        self.add(&compare)?;
-        self.jump(Code::Jne_rel8_64, test_length + jump + emms + jump)?;
-        self.add(&test)?;
-        self.jump(Code::Jne_rel8_64, emms + jump)?;
-        self.plain(Code::Emms)?;
-        self.jump(Code::Jmp_rel8_64, fninit)?;
-        self.plain(Code::Fninit)
-    }
-
-    fn length(&self, instruction: &Instruction) -> Result<u64, String> {
-        Encoder::new(64).encode(instruction, 0).map(|length| length as u64).map_err(|error| error.to_string())
-    }
-
-    /// A short jump over that many bytes.
-    fn jump(&mut self, code: Code, over: u64) -> Result<(), String> {
-        let jump = Instruction::with_branch(code, 2 + over).map_err(|error| error.to_string())?;
-        self.add(&jump).map(drop)
-    }
-
-    /// Adds the guest's instruction and makes sure that the host will read it as it was meant.
-    fn checked(&mut self, body: &Instruction) -> Result<(), String> {
-        let length = self.add(body)?;
-        let whole = self.encoder.take_buffer();
-        let start = whole.len().checked_sub(length).ok_or("the encoder lost count")?;
-        let again = Decoder::new(64, &whole[start..], DecoderOptions::NONE).decode();
-        let same = again.len() == length
-            && again.code() == body.code()
-            && again.op_count() == body.op_count()
-            && (0..body.op_count()).all(|operand| same_operand(body, &again, operand));
-        self.encoder.set_buffer(whole);
-        if same { Ok(()) } else { Err("its encoding for the host does not decode to the same".into()) }
-    }
-}
-
-fn same_operand(one: &Instruction, other: &Instruction, operand: u32) -> bool {
-    one.op_kind(operand) == other.op_kind(operand)
-        && match one.op_kind(operand) {
-            OpKind::Register => one.op_register(operand) == other.op_register(operand),
-            OpKind::Memory => {
-                other.memory_base() == Register::RDI
-                    && other.memory_index() == Register::None
-                    && other.memory_displacement64() == layout::MEM as u64
-                    && other.segment_prefix() == Register::None
-            }
-            _ => one.immediate8() == other.immediate8(),
-        }
-}
-
-fn operand(place: usize) -> MemoryOperand {
-    MemoryOperand::with_base_displ(Register::RDI, place as i64)
 }

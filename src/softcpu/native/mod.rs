@@ -9,7 +9,7 @@
 //! Why: arithmetic of several hundred instructions (80-bit floating point, saturating vectors, AES rounds, string
 //! compares) is exact by construction this way, where a hand-written model would have to be proved. The price is that
 //! the host must be an x86-64 with the same extensions, and one indirect call for each execution (about 5 ns for
-//! integer vectors, 15 ns for vector floating point, 100 ns for x87, whose whole image is exchanged).
+//! integer vectors, 9 ns for MMX, 12 ns for vector floating point, 100 ns for x87, whose whole image is exchanged).
 //!
 //! Life of a stub: [`Stubs::get`] classifies the instruction (`allow`), re-encodes it for the host with registers
 //! that are free there (`encode`), puts it into write-xor-execute memory (`space`), and returns a [`Stub`]: plain
@@ -17,6 +17,13 @@
 //! pointers (`run`). Instructions whose effect is only a copy of the state image (FXSAVE, FXRSTOR, LDMXCSR, STMXCSR)
 //! go through the same two calls, without machine code (`state`). [`fast`] holds plain Rust bodies for the moves and
 //! logic that kernels and C libraries use all the time; they need no stub at all.
+//!
+//! Limits. What a processor may choose, the host's processor chooses: the estimates RCPPS and RSQRTPS and the last bit of
+//! x87 transcendentals differ between makers, so a run repeats bit for bit only on the same kind of host. Where the
+//! manual and AMD differ on alignment (SHA), the manual is followed. When a dot product (DPPS, DPPD) traps, MXCSR may
+//! also show flags of its later steps, and with underflow unmasked an exact tiny product inside it is not seen.
+//! x87 environments have the protected-mode form, which differs from the real-address form only where the interpreter
+//! supplies pointers.
 //!
 //! Manual: Intel SDM Vol. 1 chapters 8 to 12 and appendix E (exceptions), Vol. 2 (each instruction), Vol. 3
 //! chapters 12 and 13 (MMX and SSE system programming); AMD APM Vol. 1 chapters 4 to 6 and Vol. 5.
@@ -27,6 +34,7 @@
 )]
 
 mod allow;
+mod assembly;
 mod context;
 mod encode;
 pub mod fast;

@@ -31,8 +31,16 @@ fn without_pointers(image: &[u8; 512]) -> Vec<u8> {
 fn without_environment_pointers(code: Code, stored: &[u8]) -> Vec<u8> {
     let mut stored = stored.to_vec();
     match code {
-        Code::Fnstenv_m14byte | Code::Fnsave_m94byte => stored[6..14].fill(0),
-        Code::Fnstenv_m28byte | Code::Fnsave_m108byte => stored[12..28].fill(0),
+        Code::Fnstenv_m14byte | Code::Fnsave_m94byte => {
+            stored[6..8].fill(0);
+            stored[10..12].fill(0);
+        }
+        Code::Fnstenv_m28byte | Code::Fnsave_m108byte => {
+            stored[12..16].fill(0);
+            stored[18] = 0;
+            stored[19] &= !7;
+            stored[20..24].fill(0);
+        }
         Code::Fxsave_m512byte | Code::Fxsave64_m512byte => {
             stored[6..24].fill(0);
             stored[28..32].fill(0);

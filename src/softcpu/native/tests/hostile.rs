@@ -174,3 +174,18 @@ fn what_has_no_place_in_a_stub_is_refused() {
         assert!(stubs.get(&decode(64, bytes)).is_err(), "{bytes:x?}");
     }
 }
+
+#[test]
+fn no_mapping_of_stubs_is_writable_and_executable() {
+    let stubs = Stubs::new().unwrap();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let rights: Vec<&str> = maps
+        .lines()
+        .filter(|line| line.contains("native-stubs"))
+        .map(|line| line.split_whitespace().nth(1).unwrap())
+        .collect();
+    assert!(rights.contains(&"rw-s") && rights.contains(&"r-xs"), "{rights:?}");
+    assert!(rights.iter().all(|rights| ["rw-s", "r-xs"].contains(rights)), "{rights:?}");
+    // Stubs may move to another thread with the machine they belong to.
+    std::thread::spawn(move || drop(stubs)).join().unwrap();
+}
