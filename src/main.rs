@@ -1,2 +1,7 @@
-//! The program: arguments, machine, run, report.
-fn main() {}
+//! The program: everything is in the library, so that tests and other programs can use it.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    antumbra::cli::main()
+}

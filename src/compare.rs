@@ -1,0 +1,213 @@
+//! Runs side by side: what the same guest cost under each of N machines.
+//!
+//! It stands after the runs and reads nothing but their reports. The first column is the measure of the others.
+
+use crate::quantity::{grouped, nanos};
+use crate::report::{Report, TimeSummary};
+use crate::tables::{add_row, phrase, plain, render};
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+
+/// Several runs of one guest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Comparison {
+    /// Whether every run sent the same bytes by its serial port.
+    pub same_output: bool,
+    /// Whether every run ended in the same way.
+    pub same_end: bool,
+    /// Whether every run retired the same instructions in the same guest time and accessed the devices as often.
+    pub same_course: bool,
+    /// The reports, in the order of the runs.
+    pub runs: Vec<Report>,
+}
+
+impl Comparison {
+    /// Compares `runs`.
+    pub fn new(runs: Vec<Report>) -> Self {
+        let output = |r: &Report| (r.counts.serial_bytes, r.counts.serial_crc32);
+        let all_same =
+            |same: &dyn Fn(&Report, &Report) -> bool| runs.windows(2).all(|pair| same(&pair[0], &pair[1]));
+        let same_output = all_same(&|a, b| output(a) == output(b));
+        // A triple fault or a halt at another address is another end.
+        let same_end = all_same(&|a, b| a.end == b.end);
+        let course = |r: &Report| (r.counts.instructions, r.counts.guest_ns);
+        let same_course = all_same(&|a, b| {
+            let host_time = [a, b].iter().any(|r| r.machine.clock != "virtual");
+            host_time || course(a) == course(b) && a.counts.devices == b.counts.devices
+        });
+        Self { same_output, same_end, same_course, runs }
+    }
+
+    /// The exit status of the whole: that of the first run that did not end well, or 1 where the guests differ.
+    pub fn status(&self) -> u8 {
+        let failed = self.runs.iter().map(|r| r.status).find(|&s| s != 0);
+        failed.unwrap_or(if self.same_guest() { 0 } else { 1 })
+    }
+
+    /// Whether the guest could not tell the machines apart.
+    pub fn same_guest(&self) -> bool {
+        self.same_output && self.same_end && self.same_course
+    }
+
+    /// The tables: counts, then times.
+    pub fn text(&self) -> String {
+        let mut out = String::new();
+        if let Some(first) = self.runs.first() {
+            out += &format!("{}: {}\n", first.machine.guest, first.machine.image);
+        }
+        for run in &self.runs {
+            out += &format!("{}: {}; exit status {}\n", title(run), run.sentence, run.status);
+        }
+        out += if self.same_output { "output: the same in every run\n" } else { "output: DIFFERENT\n" };
+        if !self.same_end {
+            out += "end: DIFFERENT\n";
+        }
+        if !self.same_course {
+            out += "instructions, guest time or device accesses: DIFFERENT\n";
+        }
+        out += "\nCounts (the same whenever these are run)\n";
+        out += &self.counts();
+        out += "\nTimes (of these runs on this machine)\n";
+        out += &self.times();
+        for note in self.runs.iter().flat_map(|run| run.notes.iter().map(move |note| (title(run), note))) {
+            out += &format!("\nNote on {}: {}.\n", note.0, note.1);
+        }
+        out
+    }
+
+    fn table(&self) -> comfy_table::Table {
+        let titles: Vec<String> = self.runs.iter().map(title).collect();
+        plain(&std::iter::once("").chain(titles.iter().map(String::as_str)).collect::<Vec<_>>())
+    }
+
+    fn counts(&self) -> String {
+        let mut table = self.table();
+        let mut row = |name: &str, figure: &dyn Fn(&Report) -> u64| {
+            let figures: Vec<u64> = self.runs.iter().map(figure).collect();
+            if figures.iter().any(|&n| n > 0) {
+                add_row(&mut table, name, figures.into_iter().map(grouped));
+            }
+        };
+        row("instructions", &|r| r.counts.instructions);
+        row("nanoseconds of guest time", &|r| r.counts.guest_ns);
+        row("exits", &|r| r.counts.exits);
+        row("faults", &|r| r.counts.faults);
+        for key in self.keys(|r| &r.counts.counters) {
+            row(phrase(key), &|r| r.counts.counters.get(key).copied().unwrap_or(0));
+        }
+        for key in self.keys(|r| &r.counts.devices) {
+            row(&format!("device {key}: reads"), &|r| r.counts.devices.get(key).map_or(0, |a| a.reads));
+            row(&format!("device {key}: writes"), &|r| r.counts.devices.get(key).map_or(0, |a| a.writes));
+        }
+        row("bytes of tables at most", &|r| r.counts.table_bytes_peak);
+        row("bytes of guest memory backed", &|r| r.counts.guest_bytes_backed);
+        row("bytes sent by the serial port", &|r| r.counts.serial_bytes);
+        render(&table)
+    }
+
+    fn times(&self) -> String {
+        let mut table = self.table();
+        let mut row = |name: &str, figure: &dyn Fn(&Report) -> String| {
+            add_row(&mut table, name, self.runs.iter().map(figure));
+        };
+        row("run", &|r| nanos(r.times.wall_ns));
+        row("handling exits", &|r| nanos(r.times.handling_ns));
+        row("million instructions a second", &|r| format!("{:.1}", r.times.mips));
+        let parts: [Part; 3] = [|r| &r.times.exits, |r| &r.times.outcomes, |r| &r.times.completions];
+        for part in parts {
+            for key in self.keys(part) {
+                row(&format!("{}: p50, p99", phrase(key)), &|r| {
+                    part(r)
+                        .get(key)
+                        .map_or("-".into(), |t| format!("{}, {}", nanos(t.p50_ns), nanos(t.p99_ns)))
+                });
+            }
+        }
+        render(&table)
+    }
+
+    /// The keys of a part of all reports, in the order of the first report that has them.
+    fn keys<'a, T: 'a>(&'a self, part: impl Fn(&'a Report) -> &'a IndexMap<String, T>) -> Vec<&'a str> {
+        let mut keys = indexmap::IndexSet::new();
+        for run in &self.runs {
+            keys.extend(part(run).keys().map(String::as_str));
+        }
+        keys.into_iter().collect()
+    }
+}
+
+/// One of the groups of timed figures.
+type Part = fn(&Report) -> &IndexMap<String, TimeSummary>;
+
+/// The head of a run's column.
+fn title(run: &Report) -> String {
+    let m = &run.machine;
+    let mut title = format!("{}/{}", m.cpu, m.mmu);
+    for switch in &m.mmu_switches {
+        title += " ";
+        title += switch;
+    }
+    title
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::end::End;
+    use crate::report::{Counts, MachineFacts, Times};
+
+    fn run(mmu: &str, end: End, crc: u32) -> Report {
+        let counters = [("exit_pio".to_owned(), 1234), ("exit_tsc".to_owned(), 0)].into_iter().collect();
+        Report {
+            version: crate::report::FORMAT_VERSION,
+            machine: MachineFacts {
+                guest: "g".into(),
+                image: "ELF".into(),
+                mmu: mmu.into(),
+                mmu_switches: Vec::new(),
+                cpu: "soft".into(),
+                cpu_model: "m".into(),
+                clock: "virtual".into(),
+                policy: "linear".into(),
+                memory: 1 << 20,
+                table_memory: 1 << 20,
+                cmdline: String::new(),
+            },
+            end: Some(end),
+            sentence: end.to_string(),
+            status: end.status(),
+            counts: Counts { counters, serial_crc32: crc, ..Counts::default() },
+            rates: IndexMap::new(),
+            times: Times::default(),
+            notes: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn differences_are_failures() {
+        let same = Comparison::new(vec![run("shadow", End::PowerOff, 1), run("ept", End::PowerOff, 1)]);
+        assert!(same.same_output && same.same_end);
+        assert_eq!(same.status(), 0);
+        let output = Comparison::new(vec![run("shadow", End::PowerOff, 1), run("ept", End::PowerOff, 2)]);
+        assert!(!output.same_output);
+        assert_eq!(output.status(), 1);
+        assert!(output.text().contains("DIFFERENT"));
+        let end = Comparison::new(vec![run("shadow", End::PowerOff, 1), run("ept", End::Reset, 1)]);
+        assert_eq!(end.status(), 1);
+        let mut longer = run("ept", End::PowerOff, 1);
+        longer.counts.instructions = 1;
+        let mut course = vec![run("shadow", End::PowerOff, 1), longer];
+        assert!(!Comparison::new(course.clone()).same_course);
+        course[0].machine.clock = "host".into();
+        assert!(Comparison::new(course).same_course, "under the host's clock no two runs are alike");
+        let exit = End::DebugExit { code: 33 };
+        assert_eq!(Comparison::new(vec![run("shadow", exit, 1), run("ept", exit, 1)]).status(), 33);
+    }
+
+    #[test]
+    fn rows_without_a_figure_are_left_out_of_the_text() {
+        let text = Comparison::new(vec![run("shadow", End::Reset, 1), run("ept", End::Reset, 1)]).text();
+        assert!(text.contains("exits: port I/O") && text.contains("1,234"), "{text}");
+        assert!(!text.contains("RDTSC"), "{text}");
+    }
+}

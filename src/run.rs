@@ -1,0 +1,311 @@
+//! The run loop: enter the guest, take the exit, handle it, enter again.
+//!
+//! It stands in the middle of every path that leaves the guest: `vcpu.run(entry, deadline)` → [`vcpu::Exit`] → `exits`
+//! → [`vcpu::Answer`] → `vcpu.run`. What happens *between* two entries is here: time passes, devices act, interrupts
+//! are injected (SDM Vol. 3 §6.8.1 "Masking Maskable Hardware Interrupts", §26.6 "Event Injection" and §26.7.5
+//! "Interrupt-Window Exiting and Virtual-Interrupt Delivery"), limits are looked at.
+
+use crate::end::End;
+use crate::error::Error;
+use crate::machine::{Machine, Progress, TranslationSetting};
+use mmu::{Counter, MmuError, TlbFlush};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use vcpu::{Answer, Entry, Exit};
+
+/// Under the virtual clock the loop looks up this often (in ticks), so that Ctrl-C and limits of time are noticed. A
+/// multiple of ticks and not of host time: the exits that it costs repeat from run to run.
+const POLL_TICKS: u64 = 10_000_000;
+/// The same under the host's clock, where it also bounds how late a timer can be.
+const POLL_TICKS_HOST: u64 = 200_000;
+/// And after so many exits, for guests that leave at every instruction.
+const POLL_EXITS: u64 = 4096;
+
+/// What the loop remembers between two exits.
+#[derive(Debug)]
+pub(crate) struct LoopState {
+    /// How the CPU finds translations, as last told to it.
+    translation: TranslationSetting,
+    /// The last exit left an instruction half done: its answers are kept, and no event may come between.
+    mid_instruction: bool,
+    /// An interrupt window is asked for.
+    window: bool,
+    /// An NMI waits for an instruction to end.
+    pub(crate) nmi: bool,
+    /// When to look up next, in ticks.
+    next_poll: u64,
+    /// The deadline given to the CPU was ours and not a device's.
+    host_deadline: bool,
+    /// Exits so far.
+    pub(crate) exits: u64,
+    /// Faults since the instruction count last changed: that count, and how many.
+    pub(crate) streak: (u64, u64),
+    /// Device events slept through since the instruction count last changed.
+    pub(crate) idle: (u64, u64),
+    /// What became of the fault being handled.
+    pub(crate) outcome: Option<Counter>,
+    /// Host time spent asleep in the exit being handled.
+    pub(crate) slept: Duration,
+    started: Option<Instant>,
+    pub(crate) wall: Duration,
+}
+
+impl LoopState {
+    pub(crate) fn new(translation: TranslationSetting) -> Self {
+        Self {
+            translation,
+            mid_instruction: false,
+            window: false,
+            nmi: false,
+            next_poll: 0,
+            host_deadline: false,
+            exits: 0,
+            streak: (0, 0),
+            idle: (0, 0),
+            outcome: None,
+            slept: Duration::ZERO,
+            started: None,
+            wall: Duration::ZERO,
+        }
+    }
+}
+
+/// What an exit leads to.
+pub(crate) enum Step {
+    /// Into the guest again.
+    Enter(Answer),
+    /// Out.
+    End(End),
+}
+
+impl Machine {
+    /// Runs the guest to its end.
+    ///
+    /// An error is a failure of the host or the engine; whatever the guest does comes back as an [`End`]. After either,
+    /// [`Machine::report`] says what was counted.
+    pub fn run(&mut self) -> Result<End, Error> {
+        self.clock.start();
+        let started = Instant::now();
+        self.loop_state.started = Some(started);
+        let ended = self.run_loop();
+        self.loop_state.wall = started.elapsed();
+        self.finish_trace();
+        // The fault that an error comes from has no outcome.
+        debug_assert!(self.faults_taken() - self.fault_outcomes() <= u64::from(ended.is_err()));
+        ended
+    }
+
+    fn run_loop(&mut self) -> Result<End, Error> {
+        let mut entry = Entry::Start;
+        loop {
+            if let Some(end) = self.before_entry()? {
+                return Ok(end);
+            }
+            let deadline = self.deadline();
+            let exit = self.cpu.run(entry, deadline)?;
+            let started = Instant::now();
+            let cause = self.count(&exit);
+            let step = self.handle(&exit)?;
+            self.record(cause, started.elapsed());
+            self.note_exit(&exit, &step);
+            self.audit_now_and_then()?;
+            if let Some(shutdown) = self.chipset.take_shutdown() {
+                return Ok(shutdown.into());
+            }
+            match step {
+                Step::Enter(answer) => entry = Entry::Answer(answer),
+                Step::End(end) => return Ok(end),
+            }
+        }
+    }
+
+    /// Everything that has to be so before the guest runs on.
+    fn before_entry(&mut self) -> Result<Option<End>, Error> {
+        if let Some(end) = self.limits() {
+            return Ok(Some(end));
+        }
+        let now = self.now();
+        self.chipset.advance(now);
+        for (gpa, len) in self.memory.take_table_writes() {
+            let flush = self.mmu.guest_table_written(gpa, len);
+            self.apply(flush)?;
+        }
+        self.deliver_events();
+        Ok(None)
+    }
+
+    /// Guest time in nanoseconds, after it has caught up with the host's where that is the clock.
+    pub(crate) fn now(&mut self) -> u64 {
+        let behind = self.clock.behind(self.cpu.ticks());
+        if behind > 0 {
+            self.cpu.add_ticks(behind);
+        }
+        self.cpu.ticks()
+    }
+
+    /// Injects what waits, or asks for the moment when that can be done.
+    fn deliver_events(&mut self) {
+        self.loop_state.nmi |= self.chipset.take_nmi();
+        let between = !self.loop_state.mid_instruction;
+        if between && self.loop_state.nmi {
+            self.loop_state.nmi = false;
+            self.cpu.inject_nmi();
+            self.counters.count(Counter::NmisInjected);
+        }
+        let mut pending = self.chipset.interrupt_pending();
+        if pending && between && self.cpu.can_take_interrupt() {
+            if let Some(vector) = self.chipset.acknowledge_interrupt() {
+                self.cpu.inject_interrupt(vector);
+                self.counters.count(Counter::InterruptsInjected);
+            }
+            pending = self.chipset.interrupt_pending();
+        }
+        // Told anew each time: a window that opened, or an injection, has ended the last request.
+        if pending || self.loop_state.window {
+            self.cpu.request_interrupt_window(pending);
+            self.loop_state.window = pending;
+        }
+    }
+
+    /// Up to when the guest may run: the next event of a device, or of ours.
+    fn deadline(&mut self) -> u64 {
+        let ticks = self.cpu.ticks();
+        let mut ours = self.loop_state.next_poll;
+        if let Some(limit) = self.config.limits.instructions {
+            ours = ours.min(ticks.saturating_add(limit.saturating_sub(self.cpu.retired())));
+        }
+        let mut device = self.chipset.next_event().unwrap_or(u64::MAX);
+        if self.loop_state.nmi {
+            // It waits for the instruction that is half done; that takes one tick.
+            device = ticks;
+        }
+        self.loop_state.host_deadline = ours < device;
+        // At least one tick, or the guest would never move.
+        ours.min(device).max(ticks.saturating_add(1))
+    }
+
+    /// Whether the run is to end here, looked at often enough.
+    fn limits(&mut self) -> Option<End> {
+        if let Some(instructions) = self.config.limits.instructions
+            && self.cpu.retired() >= instructions
+        {
+            return Some(End::InstructionLimit { instructions });
+        }
+        let ticks = self.cpu.ticks();
+        let due = ticks >= self.loop_state.next_poll;
+        if !due && !self.loop_state.exits.is_multiple_of(POLL_EXITS) {
+            return None;
+        }
+        if due {
+            let step = if self.clock.is_host() { POLL_TICKS_HOST } else { POLL_TICKS };
+            self.loop_state.next_poll = ticks.saturating_add(step);
+        }
+        self.poll()
+    }
+
+    /// Looks at the world outside: signals, the limit of time, what is typed, who watches.
+    pub(crate) fn poll(&mut self) -> Option<End> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Some(End::Interrupted);
+        }
+        let elapsed = self.loop_state.started.map_or(Duration::ZERO, |at| at.elapsed());
+        if let Some(seconds) = self.config.limits.seconds
+            && elapsed >= Duration::from_secs(seconds)
+        {
+            return Some(End::TimeLimit { seconds });
+        }
+        if let Some(input) = &mut self.input {
+            input.offer(|bytes| self.chipset.serial_input(bytes));
+        }
+        if let Some(show) = &mut self.progress {
+            show(&Progress {
+                instructions: self.cpu.retired(),
+                exits: self.loop_state.exits,
+                elapsed,
+                mid_line: self.transcript.mid_line(),
+            });
+        }
+        None
+    }
+
+    /// Counts an exit by its cause. `None` for the second half of one that is already counted.
+    fn count(&mut self, exit: &Exit) -> Option<Counter> {
+        self.loop_state.outcome = None;
+        self.loop_state.slept = Duration::ZERO;
+        self.loop_state.mid_instruction = !matches!(
+            exit,
+            Exit::TableWritten(_) | Exit::Hlt { .. } | Exit::InterruptWindow | Exit::Deadline
+        );
+        let cause = crate::exits::cause(exit, self.loop_state.host_deadline)?;
+        self.loop_state.exits += 1;
+        self.counters.count(cause);
+        Some(cause)
+    }
+
+    fn record(&mut self, cause: Option<Counter>, took: Duration) {
+        let took = took.saturating_sub(self.loop_state.slept);
+        for what in [cause, self.loop_state.outcome].into_iter().flatten() {
+            self.timings.record(what, took);
+        }
+    }
+
+    /// Hands the backend's flush to the CPU, and its root and intercepts where they have changed.
+    pub(crate) fn apply(&mut self, flush: Result<TlbFlush, MmuError>) -> Result<(), Error> {
+        let flush = flush.map_err(|source| Error::Mmu { mmu: self.config.mmu.name(), source })?;
+        if flush != TlbFlush::None {
+            self.cpu.flush(flush);
+        }
+        let wanted = (self.mmu.root(self.cpu_id), self.mmu.intercepts());
+        if wanted != self.loop_state.translation {
+            self.cpu.set_translation(wanted.0, wanted.1);
+            self.loop_state.translation = wanted;
+        }
+        Ok(())
+    }
+
+    fn audit_now_and_then(&self) -> Result<(), Error> {
+        match self.config.audit_every {
+            Some(every) if self.loop_state.exits.is_multiple_of(every.max(1)) => self.audit(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks every invariant of the MMU backend's tables.
+    pub fn audit(&self) -> Result<(), Error> {
+        let failed = |e: mmu::AuditError| Error::Mmu { mmu: self.config.mmu.name(), source: e.into() };
+        self.mmu.audit().map_err(failed)
+    }
+
+    /// Writes the line of an exit to the trace, if there is one.
+    fn note_exit(&mut self, exit: &Exit, step: &Step) {
+        let Some(trace) = &mut self.trace else { return };
+        let at = self.cpu.retired();
+        let written = match step {
+            Step::Enter(answer) => writeln!(trace, "{at} {exit:?} -> {answer:?}"),
+            Step::End(end) => writeln!(trace, "{at} {exit:?} -> {end}"),
+        };
+        if let Err(error) = written {
+            self.trace = None;
+            self.notes.push(format!("writing the trace failed after {at} instructions: {error}"));
+        }
+    }
+
+    fn finish_trace(&mut self) {
+        if let Some(mut trace) = self.trace.take()
+            && let Err(error) = trace.flush()
+        {
+            self.notes.push(format!("writing the end of the trace failed: {error}"));
+        }
+    }
+
+    /// Faults that left the guest.
+    pub fn faults_taken(&self) -> u64 {
+        let causes = [Counter::ExitPageFault, Counter::ExitEptViolation, Counter::ExitEptMisconfig];
+        causes.iter().map(|&c| self.counters.get(c)).sum()
+    }
+
+    /// The sum of what became of them.
+    pub fn fault_outcomes(&self) -> u64 {
+        crate::measure::OUTCOMES.iter().map(|&c| self.counters.get(c)).sum()
+    }
+}
