@@ -101,6 +101,11 @@ pub const CATALOG: &[Entry] = &[
         Group::Memory,
         "page faults of every kind on every level, restarts in mid-instruction, double faults",
     ),
+    multiboot(guest(
+        "paging32",
+        Group::Memory,
+        "two-level paging in 32-bit mode with 4 MiB pages, booted by multiboot",
+    )),
     guest(
         "smc",
         Group::Memory,

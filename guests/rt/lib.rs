@@ -15,6 +15,7 @@ pub mod entry;
 pub mod frames;
 pub mod global;
 pub mod io;
+pub mod legacy;
 pub mod mem;
 pub mod model;
 pub mod paging;

@@ -1,0 +1,388 @@
+//! 32-bit protected mode for guests written in Rust, whose compiler here speaks 64-bit code only: a list of operations is prepared in
+//! long mode, a small engine in 32-bit assembly leaves long mode, carries the list out under the control registers
+//! asked for, notes each result or fault, and comes back (SDM Vol. 3, 11.8.5.4 "Switching Out of IA-32e Mode Operation").
+#![allow(unsafe_code, reason = "the engine is assembly")]
+
+use crate::{
+    cpu, descriptors,
+    global::Global,
+    mem,
+    paging::{self},
+};
+use core::arch::global_asm;
+
+/// What an operation does with its operands `a` and `b`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Do {
+    /// The list ends.
+    End = 0,
+    /// Reads a byte at `a`.
+    Read8,
+    /// Reads 32 bits at `a`.
+    Read32,
+    /// Writes a byte at `a`.
+    Write8,
+    /// Writes 32 bits at `a`.
+    Write32,
+    /// LOCK ADD of `b` to 32 bits at `a`.
+    Modify32,
+    /// Calls `a`.
+    Call,
+    /// Loads CR3.
+    Cr3,
+    /// INVLPG.
+    Invlpg,
+    /// Loads CR0.
+    Cr0,
+    /// Loads CR4.
+    Cr4,
+    /// Loads EFER's low half.
+    Efer,
+    /// Loads EFLAGS.
+    Flags,
+    /// Reads 32 bits at `a` from CPL 3.
+    UserRead32,
+    /// Writes 32 bits at `a` from CPL 3.
+    UserWrite32,
+    /// LOCK ADD from CPL 3.
+    UserModify32,
+    /// Jumps to `a` at CPL 3; the code there must be INT 0x30.
+    UserJump,
+    /// Reads CR3.
+    GetCr3,
+}
+
+/// One operation and what came of it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Op {
+    /// What to do.
+    pub code: u32,
+    /// First operand.
+    pub a: u32,
+    /// Second operand.
+    pub b: u32,
+    /// The result, or EIP of the fault.
+    pub result: u32,
+    /// The vector, or `u32::MAX` for none.
+    pub vector: u32,
+    /// The error code.
+    pub error: u32,
+    /// CR2 at the fault.
+    pub cr2: u32,
+    /// Free for the caller.
+    pub note: u32,
+}
+
+const EMPTY: Op = Op { code: 0, a: 0, b: 0, result: 0, vector: 0, error: 0, cr2: 0, note: 0 };
+
+/// How many operations a list can have.
+pub const ROOM: usize = 1024;
+
+/// No fault.
+pub const NONE: u32 = u32::MAX;
+
+static LIST: Global<[Op; ROOM]> = Global::new([EMPTY; ROOM]);
+static LENGTH: Global<usize> = Global::new(0);
+/// CR0, CR3, CR4, EFER of the engine; then the same of long mode, and its RSP.
+static STATE: Global<[u32; 12]> = Global::new([0; 12]);
+static IDT32: Global<[u64; 64]> = Global::new([0; 64]);
+static TSS32: Global<[u32; 26]> = Global::new([0; 26]);
+static IDTR32: Global<[u16; 4]> = Global::new([0; 4]);
+
+/// The GDT slot of the 32-bit TSS.
+const TASK32: usize = 30;
+
+global_asm!(
+    r#"
+    .section .text.legacy, "ax"
+    .code64
+    .globl legacy_enter
+legacy_enter:
+    push rbx
+    push rbp
+    push r12
+    push r13
+    push r14
+    push r15
+    mov [{state} + 32], rsp
+    push 0x30
+    push offset legacy_32
+    retfq
+    .code32
+legacy_32:
+    mov eax, cr0
+    and eax, 0x7fffffff
+    mov cr0, eax
+    mov ecx, 0xc0000080
+    rdmsr
+    mov eax, [{state} + 12]
+    wrmsr
+    mov eax, [{state} + 8]
+    mov cr4, eax
+    mov eax, [{state} + 4]
+    mov cr3, eax
+    lidt [{idtr}]
+    mov esp, offset legacy_stack_top
+    mov eax, 0xf0
+    ltr ax
+    mov eax, [{state}]
+    mov cr0, eax
+    mov dword ptr [legacy_op], offset {list}
+legacy_loop:
+    mov esi, [legacy_op]
+    mov eax, [esi]
+    mov edi, [esi + 4]
+    mov edx, [esi + 8]
+    jmp dword ptr [legacy_table + eax * 4]
+legacy_done:
+    mov esi, [legacy_op]
+    mov [esi + 12], eax
+    mov dword ptr [esi + 16], -1
+legacy_next:
+    add dword ptr [legacy_op], 32
+    jmp legacy_loop
+
+o_read8:
+    movzx eax, byte ptr [edi]
+    jmp legacy_done
+o_read32:
+    mov eax, [edi]
+    jmp legacy_done
+o_write8:
+    mov [edi], dl
+    jmp legacy_done
+o_write32:
+    mov [edi], edx
+    jmp legacy_done
+o_modify32:
+    lock add [edi], edx
+    jmp legacy_done
+o_call:
+    call edi
+    jmp legacy_done
+o_cr3:
+    mov cr3, edi
+    jmp legacy_done
+o_invlpg:
+    invlpg [edi]
+    jmp legacy_done
+o_cr0:
+    mov cr0, edi
+    jmp legacy_done
+o_cr4:
+    mov cr4, edi
+    jmp legacy_done
+o_efer:
+    mov ecx, 0xc0000080
+    rdmsr
+    mov eax, edi
+    wrmsr
+    jmp legacy_done
+o_flags:
+    push edi
+    popfd
+    jmp legacy_done
+o_get_cr3:
+    mov eax, cr3
+    jmp legacy_done
+o_user_read32:
+    mov eax, offset legacy_user_read32
+    jmp legacy_user
+o_user_write32:
+    mov eax, offset legacy_user_write32
+    jmp legacy_user
+o_user_modify32:
+    mov eax, offset legacy_user_modify32
+    jmp legacy_user
+o_user_jump:
+    mov eax, offset legacy_user_jump
+legacy_user:
+    sub eax, offset legacy_user_start
+    add eax, {window}
+    // IRETD takes data segments away that CPL 3 may not use.
+    push 0x23
+    pop ds
+    push 0x23
+    pop es
+    push 0x23
+    push {window} + 0x2000
+    push 2
+    push 0x1b
+    push eax
+    iretd
+
+    .balign 4
+legacy_table:
+    .long o_end, o_read8, o_read32, o_write8, o_write32, o_modify32, o_call, o_cr3, o_invlpg, o_cr0, o_cr4, o_efer, o_flags
+    .long o_user_read32, o_user_write32, o_user_modify32, o_user_jump, o_get_cr3
+
+    .balign 8
+legacy_stubs:
+    .set vector, 0
+    .rept 64
+    .balign 8
+    .if (vector == 8) || ((vector >= 10) && (vector <= 14)) || (vector == 17)
+    .else
+    push 0
+    .endif
+    call legacy_fault
+    .set vector, vector + 1
+    .endr
+legacy_fault:
+    pop ecx
+    sub ecx, offset legacy_stubs
+    shr ecx, 3
+    pop edx
+    pop ebx
+    push 0x10
+    pop ds
+    push 0x10
+    pop es
+    mov esp, offset legacy_stack_top
+    cmp ecx, 0x30
+    je legacy_done
+    mov esi, [legacy_op]
+    mov [esi + 12], ebx
+    mov [esi + 16], ecx
+    mov [esi + 20], edx
+    mov eax, cr2
+    mov [esi + 24], eax
+    jmp legacy_next
+
+o_end:
+    mov eax, cr0
+    and eax, 0x7fffffff
+    mov cr0, eax
+    mov eax, [{state} + 24]
+    mov cr4, eax
+    mov eax, [{state} + 20]
+    mov cr3, eax
+    mov ecx, 0xc0000080
+    rdmsr
+    mov eax, [{state} + 28]
+    wrmsr
+    mov eax, [{state} + 16]
+    mov cr0, eax
+    push 0x08
+    mov eax, offset legacy_64
+    push eax
+    retf
+    .code64
+legacy_64:
+    mov rsp, [{state} + 32]
+    pop r15
+    pop r14
+    pop r13
+    pop r12
+    pop rbp
+    pop rbx
+    ret
+
+    .section .user.legacy, "ax"
+    .balign 4096
+    .globl legacy_user_start
+legacy_user_start:
+    .code32
+legacy_user_read32:
+    mov eax, [edi]
+    int 0x30
+legacy_user_write32:
+    mov [edi], edx
+    int 0x30
+legacy_user_modify32:
+    lock add [edi], edx
+    int 0x30
+legacy_user_jump:
+    jmp edi
+    .code64
+
+    .section .bss
+    .balign 16
+legacy_op: .skip 4
+    .balign 16
+    .skip 4096
+legacy_stack_top:
+    .text
+"#,
+    state = sym STATE,
+    list = sym LIST,
+    idtr = sym IDTR32,
+    window = const paging::WINDOW,
+);
+
+unsafe extern "C" {
+    fn legacy_enter();
+    static legacy_stubs: u8;
+    static legacy_user_start: u8;
+    static legacy_stack_top: u8;
+}
+
+/// The page that holds the engine's CPL 3 code; the tables must map it at [`paging::WINDOW`] for the user to run.
+pub fn user_page() -> u64 {
+    &raw const legacy_user_start as u64
+}
+
+/// Empties the list.
+pub fn clear() {
+    LENGTH.store(0);
+}
+
+/// Adds an operation; returns its place.
+pub fn add(code: Do, a: u64, b: u64) -> usize {
+    let n = LENGTH.load();
+    assert!(n + 1 < ROOM, "the list of operations is full");
+    LIST.get()[n] = Op { code: code as u32, a: a as u32, b: b as u32, ..EMPTY };
+    LENGTH.store(n + 1);
+    n
+}
+
+/// How many operations still fit.
+pub fn room() -> usize {
+    ROOM - 1 - LENGTH.load()
+}
+
+/// One operation with what came of it.
+pub fn result(n: usize) -> Op {
+    LIST.get()[n]
+}
+
+/// Carries the list out with paging on, under the given CR3 and CR4 bits; `efer` may have NXE.
+pub fn run(cr3: u64, cr4: u64, efer: u64) {
+    LIST.get()[LENGTH.load()] = EMPTY;
+    let stubs = &raw const legacy_stubs as u64;
+    for vector in 0..64u64 {
+        let target = stubs + vector * 8;
+        let kind = if vector == 0x30 { 0xee00u64 } else { 0x8e00 };
+        let code = u64::from(descriptors::KERNEL_CODE32);
+        IDT32.get()[vector as usize] = target & 0xffff | code << 16 | kind << 32 | (target >> 16) << 48;
+    }
+    let idt = IDT32.addr();
+    *IDTR32.get() = [511, idt as u16, (idt >> 16) as u16, 0];
+    let tss = TSS32.get();
+    (tss[1], tss[2]) = ((&raw const legacy_stack_top as u64) as u32, descriptors::KERNEL_DATA.into());
+    tss[25] = 104 << 16;
+    descriptors::GDT.get()[TASK32] = descriptors::segment(TSS32.addr(), 103, 0x89, 0);
+    let old = (cpu::cr0(), cpu::cr3(), cpu::cr4(), cpu::rdmsr(cpu::EFER));
+    let keep = cpu::CR0_NE | 0x10 | cpu::CR0_MP;
+    *STATE.get() = [
+        (cpu::CR0_PG | cpu::CR0_WP | cpu::CR0_PE | keep) as u32,
+        cr3 as u32,
+        (cr4 | 0x600) as u32,
+        efer as u32,
+        old.0 as u32,
+        old.1 as u32,
+        old.2 as u32,
+        old.3 as u32,
+        0,
+        0,
+        0,
+        0,
+    ];
+    // SAFETY: the caller's tables map the image one to one; the engine keeps every register that Rust relies on.
+    unsafe { legacy_enter() };
+    descriptors::load_idt();
+    descriptors::reload_task();
+    mem::fill(LIST.addr() + (LENGTH.load() * 32) as u64, 0, 32);
+}
