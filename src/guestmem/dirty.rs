@@ -3,7 +3,9 @@
 //! Backends mark a frame when they make it writable (write protection is how they learn of the first write), devices
 //! and loaders mark what they write. While the log is off, marking costs one load.
 
+use crate::accounts::filled;
 use crate::addr::Gfn;
+use crate::host::HostMemoryError;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// One bit a guest frame.
@@ -15,11 +17,9 @@ pub struct DirtyLog {
 
 impl DirtyLog {
     /// A log for `frames` guest frames, switched off.
-    pub fn new(frames: u64) -> Self {
-        Self {
-            active: AtomicBool::new(false),
-            bits: (0..frames.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
-        }
+    pub fn new(frames: u64) -> Result<Self, HostMemoryError> {
+        let bits = filled(frames.div_ceil(64), frames, || AtomicU64::new(0))?.into_boxed_slice();
+        Ok(Self { active: AtomicBool::new(false), bits })
     }
 
     /// Whether writes are being logged.
@@ -75,11 +75,11 @@ mod tests {
 
     #[test]
     fn collects_each_frame_once_and_only_while_active() {
-        let log = DirtyLog::new(130);
+        let log = DirtyLog::new(130).unwrap();
         log.mark(Gfn(5));
         assert!(log.collect().is_empty());
         log.set_active(true);
-        for gfn in [129, 5, 5, 64, 100_000] {
+        for gfn in [129, 5, 5, 64, 100_000, u64::MAX] {
             log.mark(Gfn(gfn));
         }
         assert!(log.is_marked(Gfn(64)));

@@ -2,7 +2,9 @@
 //!
 //! Frames are handed out lowest first, so that a run repeats bit for bit.
 
+use crate::accounts::filled;
 use crate::addr::Hfn;
+use crate::host::HostMemoryError;
 use bitvec::vec::BitVec;
 
 /// Allocates host frames of one contiguous range. A set bit is a frame in use.
@@ -16,8 +18,11 @@ pub struct FrameAllocator {
 
 impl FrameAllocator {
     /// An allocator over `count` frames starting at `first`, all free.
-    pub fn new(first: Hfn, count: usize) -> Self {
-        Self { first: first.0, used: BitVec::repeat(false, count), next: 0, in_use: 0 }
+    pub fn new(first: Hfn, count: usize) -> Result<Self, HostMemoryError> {
+        let words = filled((count as u64).div_ceil(64), count as u64, || 0u64)?;
+        let mut used = BitVec::from_vec(words);
+        used.truncate(count);
+        Ok(Self { first: first.0, used, next: 0, in_use: 0 })
     }
 
     /// How many frames there are in all.
@@ -28,6 +33,11 @@ impl FrameAllocator {
     /// How many frames are in use.
     pub fn in_use(&self) -> usize {
         self.in_use
+    }
+
+    /// Whether the frame is of this range.
+    pub fn contains(&self, frame: Hfn) -> bool {
+        self.index(frame).is_some()
     }
 
     /// Whether the frame is of this range and in use.
@@ -84,19 +94,22 @@ mod tests {
 
     #[test]
     fn reserve_refuses_used_frames_and_outside() {
-        let mut a = FrameAllocator::new(Hfn(100), 16);
+        let mut a = FrameAllocator::new(Hfn(100), 16).unwrap();
         assert!(a.reserve(Hfn(104)));
         assert!(!a.reserve(Hfn(104)));
         assert!(!a.reserve(Hfn(99)));
         assert!(!a.reserve(Hfn(116)));
+        assert!(!a.reserve(Hfn(u64::MAX)));
         assert!(a.is_used(Hfn(104)));
+        assert!(a.contains(Hfn(115)) && !a.contains(Hfn(116)) && !a.contains(Hfn(99)));
+        assert_eq!(a.capacity(), 16);
         assert_eq!(a.in_use(), 1);
     }
 
     proptest! {
         #[test]
         fn hands_out_the_lowest_free_frame(ops in prop::collection::vec((any::<bool>(), 1000u64..1070), 1..300)) {
-            let mut a = FrameAllocator::new(Hfn(1000), 64);
+            let mut a = FrameAllocator::new(Hfn(1000), 64).unwrap();
             let mut model = BTreeSet::new();
             for (take, n) in ops {
                 if take {

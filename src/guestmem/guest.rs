@@ -9,10 +9,11 @@ use crate::addr::{Gfn, Gpa, Hfn, PAGE_SIZE, PageSize};
 use crate::dirty::DirtyLog;
 use crate::frames::FrameAllocator;
 use crate::host::{FrameMark, HostMemory, HostMemoryError};
+use crate::layout::{LinearPlacement, checked_regions, linear_frames};
 use crate::map::{PhysMap, Policy, Slot, shuffled};
 use std::sync::Mutex;
 
-const GIB_FRAMES: u64 = 1 << 18;
+pub(crate) const GIB_FRAMES: u64 = 1 << 18;
 
 /// What a region of guest-physical memory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +59,9 @@ pub enum MemoryError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// There is no region at all.
+    #[error("laying out guest memory failed: there is no region")]
+    NoRegion,
     /// The memory object could not be made.
     #[error(transparent)]
     Host(#[from] HostMemoryError),
@@ -118,8 +122,12 @@ impl GuestMemory {
     /// Builds the memory.
     pub fn new(config: &MemoryConfig) -> Result<Self, MemoryError> {
         let regions = checked_regions(&config.regions)?;
+        let Some(last) = regions.last() else { return Err(MemoryError::NoRegion) };
+        if config.table_frames > PhysMap::MAX_HOST_FRAMES {
+            return Err(HostMemoryError::Size { frames: config.table_frames }.into());
+        }
         let guest_first = config.table_frames.next_multiple_of(GIB_FRAMES);
-        let end = regions.last().map_or(0, |r| (r.base.0 + r.len) / PAGE_SIZE);
+        let end = (last.base.0 + last.len) / PAGE_SIZE;
         let frames: u64 = match config.policy {
             Policy::Linear => linear_frames(&regions),
             Policy::Demand | Policy::Scatter { .. } => regions.iter().map(|r| r.len / PAGE_SIZE).sum(),
@@ -127,12 +135,12 @@ impl GuestMemory {
         let host = HostMemory::new(guest_first + frames)?;
         let memory = Self {
             host,
-            map: PhysMap::new(end),
-            dirty: DirtyLog::new(end),
+            map: PhysMap::new(end)?,
+            dirty: DirtyLog::new(end)?,
             policy: config.policy,
             regions,
-            tables: Mutex::new(FrameAllocator::new(Hfn(0), config.table_frames as usize)),
-            frames: Mutex::new(FrameAllocator::new(Hfn(guest_first), frames as usize)),
+            tables: Mutex::new(FrameAllocator::new(Hfn(0), config.table_frames as usize)?),
+            frames: Mutex::new(FrameAllocator::new(Hfn(guest_first), frames as usize)?),
             table_writes: Mutex::new(Vec::new()),
         };
         memory.place(guest_first);
@@ -218,14 +226,23 @@ impl GuestMemory {
             Slot::Mmio => Backing::Mmio,
             Slot::Ram(frame) => Backing::Memory { frame, writable: true },
             Slot::Rom(frame) => Backing::Memory { frame, writable: false },
-            Slot::Unbacked => {
-                let frame =
-                    lock(&self.frames).allocate().ok_or(MemoryError::OutOfFrames { gpa: gfn.base() })?;
-                self.host.zero_frame(frame);
-                self.map.set(gfn, Slot::Ram(frame));
-                Backing::Memory { frame, writable: true }
-            }
+            Slot::Unbacked => return self.back(gfn),
         })
+    }
+
+    /// Gives an unbacked guest frame its host frame. The allocator is held until the map says so: of two CPUs that touch
+    /// the frame at once, the second finds what the first was given.
+    #[cold]
+    fn back(&self, gfn: Gfn) -> Result<Backing, MemoryError> {
+        let mut frames = lock(&self.frames);
+        if self.map.get(gfn) != Slot::Unbacked {
+            drop(frames);
+            return self.backing(gfn);
+        }
+        let frame = frames.allocate().ok_or(MemoryError::OutOfFrames { gpa: gfn.base() })?;
+        self.host.zero_frame(frame);
+        self.map.set(gfn, Slot::Ram(frame));
+        Ok(Backing::Memory { frame, writable: true })
     }
 
     /// The first host frame of the aligned block of `size` that holds `gfn`, if the whole block is RAM, contiguous and
@@ -246,8 +263,14 @@ impl GuestMemory {
     }
 
     /// Changes what stands behind a guest frame and returns what stood there. The caller owns the consequences: tell
-    /// the backend by `memory_changed` before the guest runs on. `None` past the end of the map.
+    /// the backend by `memory_changed` before the guest runs on. `None`, and nothing changed, past the end of the map or
+    /// when the host frame is not one of the guest's: no slot ever names a frame of the engine's tables.
     pub fn set_slot(&self, gfn: Gfn, slot: Slot) -> Option<Slot> {
+        if let Slot::Ram(frame) | Slot::Rom(frame) = slot
+            && !lock(&self.frames).contains(frame)
+        {
+            return None;
+        }
         self.map.set(gfn, slot)
     }
 
@@ -351,195 +374,5 @@ impl GuestMemory {
             done += piece;
         }
         Ok(())
-    }
-}
-
-/// Under [`Policy::Linear`], by how many frames a region moves down: gaps of whole GiB are closed so that the memory
-/// object is no larger than it must be, and GPA and HPA stay congruent modulo 1 GiB.
-#[derive(Default)]
-struct LinearPlacement {
-    next: u64,
-}
-
-impl LinearPlacement {
-    fn delta(&mut self, region: &RegionConfig) -> u64 {
-        let first = region.base.frame().0;
-        // The first host frame at or after `next` that is congruent to `first`.
-        let mut place = self.next - self.next % GIB_FRAMES + first % GIB_FRAMES;
-        if place < self.next {
-            place += GIB_FRAMES;
-        }
-        self.next = place + region.len / PAGE_SIZE;
-        // `place` never exceeds `first`: regions are ascending and gaps are only ever closed.
-        first - place
-    }
-}
-
-fn linear_frames(regions: &[RegionConfig]) -> u64 {
-    let mut placement = LinearPlacement::default();
-    for region in regions {
-        placement.delta(region);
-    }
-    placement.next
-}
-
-fn checked_regions(regions: &[RegionConfig]) -> Result<Vec<RegionConfig>, MemoryError> {
-    let mut sorted = regions.to_vec();
-    sorted.sort_by_key(|r| r.base);
-    let mut end = 0;
-    for r in &sorted {
-        let bad = |reason| Err(MemoryError::BadRegion { base: r.base, len: r.len, reason });
-        if r.len == 0 {
-            return bad("is empty");
-        }
-        if !r.base.is_aligned(PAGE_SIZE) || !r.len.is_multiple_of(PAGE_SIZE) {
-            return bad("is not page aligned");
-        }
-        let Some(r_end) = r.base.checked_add(r.len) else {
-            return bad("passes the end of the address space");
-        };
-        if r_end.0 / PAGE_SIZE > PhysMap::MAX_HOST_FRAMES / 2 {
-            return bad("ends above 2 TiB, the most that can be mapped");
-        }
-        if r.base.0 < end {
-            return bad("overlaps another");
-        }
-        end = r_end.0;
-    }
-    Ok(sorted)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const MIB: u64 = 1 << 20;
-
-    fn config(policy: Policy) -> MemoryConfig {
-        MemoryConfig {
-            regions: vec![
-                RegionConfig { base: Gpa(0), len: 640 << 10, kind: RegionKind::Ram },
-                RegionConfig { base: Gpa(0xf_0000), len: 64 << 10, kind: RegionKind::Rom },
-                RegionConfig { base: Gpa(MIB), len: 7 * MIB, kind: RegionKind::Ram },
-                RegionConfig { base: Gpa(4 << 30), len: 4 * MIB, kind: RegionKind::Ram },
-            ],
-            policy,
-            table_frames: 64,
-        }
-    }
-
-    fn policies() -> [Policy; 3] {
-        [Policy::Linear, Policy::Demand, Policy::Scatter { seed: 7 }]
-    }
-
-    #[test]
-    fn every_frame_has_its_own_host_frame_under_every_policy() {
-        for policy in policies() {
-            let m = GuestMemory::new(&config(policy)).unwrap();
-            let mut seen = std::collections::BTreeSet::new();
-            for gfn in 0..m.end().0 {
-                match m.backing(Gfn(gfn)).unwrap() {
-                    Backing::Memory { frame, .. } => {
-                        assert!(!m.is_table_frame(frame));
-                        assert!(seen.insert(frame), "{policy:?}: {frame:?} given twice");
-                    }
-                    Backing::Mmio => {}
-                }
-            }
-            assert_eq!(seen.len() as u64, (640 << 10 | 64 << 10) / 4096 + 11 * MIB / 4096);
-            assert_eq!(m.backing(Gfn(0xa0)).unwrap(), Backing::Mmio);
-            assert!(matches!(m.slot(Gfn(0xf0)), Slot::Rom(_)));
-        }
-    }
-
-    #[test]
-    fn large_blocks_exist_only_where_memory_is_contiguous() {
-        let m = GuestMemory::new(&config(Policy::Linear)).unwrap();
-        assert!(
-            m.large_backing(Gfn(0), PageSize::Size2M).is_none(),
-            "the legacy hole splits the first 2 MiB"
-        );
-        let f = m.large_backing(Gfn(513), PageSize::Size2M).unwrap();
-        assert_eq!(m.slot(Gfn(512)), Slot::Ram(f));
-        assert!(m.large_backing(Gfn(513), PageSize::Size1G).is_none());
-        assert!(m.large_backing(Gfn(1 << 20), PageSize::Size2M).is_some());
-        m.set_slot(Gfn(600), Slot::Mmio);
-        assert!(m.large_backing(Gfn(513), PageSize::Size2M).is_none());
-        let s = GuestMemory::new(&config(Policy::Scatter { seed: 1 })).unwrap();
-        assert!(s.large_backing(Gfn(513), PageSize::Size2M).is_none());
-    }
-
-    #[test]
-    fn bad_regions_are_refused() {
-        let bad = |base, len| {
-            GuestMemory::new(&MemoryConfig {
-                regions: vec![
-                    RegionConfig { base: Gpa(0), len: MIB, kind: RegionKind::Ram },
-                    RegionConfig { base: Gpa(base), len, kind: RegionKind::Ram },
-                ],
-                policy: Policy::Linear,
-                table_frames: 1,
-            })
-            .map(|_| ())
-            .unwrap_err()
-        };
-        for (base, len) in [
-            (2 * MIB, 0),
-            (2 * MIB + 1, 4096),
-            (2 * MIB, 5),
-            (0x8_0000, MIB),
-            (u64::MAX - 4095, 4096),
-            (1 << 50, 4096),
-        ] {
-            assert!(matches!(bad(base, len), MemoryError::BadRegion { .. }));
-        }
-    }
-
-    #[test]
-    fn table_frames_are_capped() {
-        let m = GuestMemory::new(&config(Policy::Demand)).unwrap();
-        let frames: Vec<_> = (0..64).map(|_| m.allocate_table().unwrap()).collect();
-        assert!(matches!(m.allocate_table(), Err(MemoryError::OutOfTableFrames { capacity: 64 })));
-        assert!(m.free_table(frames[9]));
-        assert!(!m.free_table(frames[9]));
-        assert_eq!(m.allocate_table().unwrap(), frames[9]);
-    }
-
-    #[test]
-    fn host_writes_to_shadowed_tables_are_noted() {
-        let m = GuestMemory::new(&config(Policy::Scatter { seed: 3 })).unwrap();
-        let Slot::Ram(frame) = m.slot(Gfn(0x101)) else { panic!() };
-        m.host().mark(frame, FrameMark::TABLE);
-        m.dirty().set_active(true);
-        m.write(Gpa(0x100ffc), &[1; 8]).unwrap();
-        assert_eq!(m.take_table_writes(), [(Gpa(0x101000), 4)]);
-        assert_eq!(m.dirty().collect(), [Gfn(0x100), Gfn(0x101)]);
-    }
-
-    proptest! {
-        #[test]
-        fn bytes_written_are_read_back(
-            which in 0usize..3,
-            writes in prop::collection::vec((0u64..8 * MIB + 9000, prop::collection::vec(any::<u8>(), 0..9000)), 1..12),
-        ) {
-            let m = GuestMemory::new(&config(policies()[which])).unwrap();
-            let mut model = vec![0u8; 8 * MIB as usize + 20_000];
-            for (gpa, data) in &writes {
-                let end = gpa + data.len() as u64;
-                let hole = !data.is_empty() && (*gpa < 0xf_0000 && end > 0xa_0000 || end > 8 * MIB);
-                let result = m.write(Gpa(*gpa), data);
-                prop_assert_eq!(result.is_err(), hole);
-                if !hole {
-                    model[*gpa as usize..end as usize].copy_from_slice(data);
-                    let mut back = vec![0; data.len()];
-                    m.read(Gpa(*gpa), &mut back).unwrap();
-                    prop_assert_eq!(&back, data);
-                } else {
-                    // A write that meets a hole may have copied what lies before it; start over to keep the model simple.
-                    return Ok(());
-                }
-            }
-        }
     }
 }

@@ -5,13 +5,17 @@
 //! The memory object: one memfd, mapped once, that holds guest RAM and the tables the engine builds.
 //!
 //! Every translation ends here as an offset ([`Hpa`]). The mapping is shared with guest execution, so no Rust
-//! reference into it ever exists: all access goes through volatile or atomic operations on checked offsets.
+//! reference to plain data in it ever exists: all access goes through volatile operations or references to atomics, on
+//! checked offsets. (Accesses of different sizes to the same bytes may race once CPUs run in parallel. Rust leaves that
+//! open and x86 defines it; every virtual machine monitor rests on the latter.)
 //!
 //! Frames can carry marks. A frame marked [`FrameMark::CODE`] holds bytes that a CPU has decoded; when anything but
 //! that CPU writes it (a device, a loader, a backend that sets accessed bits), the write is noted, and the CPU
 //! collects the notes before it runs on ([`HostMemory::take_code_writes`]).
 
+use crate::accounts::filled;
 use crate::addr::{Hfn, Hpa, PAGE_SIZE};
+use crate::map::PhysMap;
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::sync::Mutex;
@@ -32,6 +36,21 @@ bitflags::bitflags! {
 /// Why the memory object could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum HostMemoryError {
+    /// The size is 0 or more than can be named.
+    #[error(
+        "creating a memory object of {frames} frames failed: it must have one, and at most {}",
+        PhysMap::MAX_HOST_FRAMES
+    )]
+    Size {
+        /// How many frames were asked for.
+        frames: u64,
+    },
+    /// The host has no memory to keep account of so many frames.
+    #[error("keeping account of {frames} frames failed: the host has no memory for that")]
+    Accounts {
+        /// How many frames.
+        frames: u64,
+    },
     /// The kernel refused the memfd.
     #[error("creating a memory object of {bytes} bytes failed: {source}")]
     Create {
@@ -67,6 +86,13 @@ unsafe impl Send for HostMemory {}
 // SAFETY: as above; there are no references into the mapping.
 unsafe impl Sync for HostMemory {}
 
+/// The types that guest bytes may be seen as: any bits are a value of theirs, and they may change at any time.
+trait Atomic {}
+impl Atomic for AtomicU8 {}
+impl Atomic for AtomicU16 {}
+impl Atomic for AtomicU32 {}
+impl Atomic for AtomicU64 {}
+
 macro_rules! scalar_access {
     ($read:ident, $write:ident, $exchange:ident, $int:ty, $atomic:ty, $bytes:literal) => {
         #[doc = concat!("Reads ", stringify!($bytes), " bytes at an aligned `hpa`, or `None` outside the object.")]
@@ -101,6 +127,9 @@ macro_rules! scalar_access {
 impl HostMemory {
     /// A memory object of `frames` frames, all zero. Host memory is taken as frames are touched, not now.
     pub fn new(frames: u64) -> Result<Self, HostMemoryError> {
+        if frames == 0 || frames > PhysMap::MAX_HOST_FRAMES {
+            return Err(HostMemoryError::Size { frames });
+        }
         let bytes = frames * PAGE_SIZE;
         let file = memfd(bytes).map_err(|source| HostMemoryError::Create { bytes, source })?;
         let size = usize::try_from(bytes).map_err(|_| HostMemoryError::Create {
@@ -110,7 +139,7 @@ impl HostMemory {
         let region = MmapRegion::from_file(FileOffset::new(file, 0), size)
             .map_err(|source| HostMemoryError::Map { bytes, source })?;
         let base = region.as_ptr();
-        let marks = (0..frames).map(|_| AtomicU8::new(0)).collect();
+        let marks = filled(frames, frames, || AtomicU8::new(0))?.into_boxed_slice();
         Ok(Self {
             region,
             base,
@@ -145,7 +174,7 @@ impl HostMemory {
     }
 
     #[inline]
-    fn atomic<A>(&self, hpa: Hpa) -> Option<&A> {
+    fn atomic<A: Atomic>(&self, hpa: Hpa) -> Option<&A> {
         let len = size_of::<A>() as u64;
         if !self.contains(hpa, len) || !hpa.is_aligned(len) {
             return None;
@@ -272,6 +301,38 @@ mod tests {
         assert!(m.slice(Hpa(u64::MAX), 1).is_none());
         assert!(!m.contains(Hpa(0), 8193));
         assert!(m.contains(Hpa(8192), 0));
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused() {
+        for frames in [0, PhysMap::MAX_HOST_FRAMES + 1, 1 << 52, u64::MAX] {
+            assert!(
+                matches!(HostMemory::new(frames), Err(HostMemoryError::Size { frames: f }) if f == frames)
+            );
+        }
+    }
+
+    #[test]
+    fn hostile_offsets_reach_nothing() {
+        let m = HostMemory::new(1).unwrap();
+        for hpa in [4096, 4088 + 1, u64::MAX, u64::MAX - 7, 1 << 63] {
+            assert_eq!(m.read_u64(Hpa(hpa)), None, "{hpa:#x}");
+            assert_eq!(m.write_u64(Hpa(hpa), 1), None);
+            assert_eq!(m.compare_exchange_u64(Hpa(hpa), 0, 1), None);
+            assert!(!m.read(Hpa(hpa), &mut [0; 8]));
+            assert!(!m.write(Hpa(hpa), &[0; 8]));
+        }
+        assert!(m.slice(Hpa(0), usize::MAX).is_none());
+        assert!(m.slice(Hpa(4096), 1).is_none());
+        assert!(!m.zero_frame(Hfn(1)) && !m.zero_frame(Hfn(u64::MAX)));
+        for frame in [1, u64::MAX] {
+            m.mark(Hfn(frame), FrameMark::CODE);
+            assert!(m.marks(Hfn(frame)).is_empty());
+            m.unmark(Hfn(frame), FrameMark::CODE);
+        }
+        m.note_write(Hpa(u64::MAX), 0);
+        m.note_write(Hpa(u64::MAX), u64::MAX);
+        assert_eq!(m.read_u64(Hpa(4088)), Some(0));
     }
 
     #[test]

@@ -14,11 +14,15 @@
 //! Because tables and RAM live in the same memory object and entries hold offsets into it, the same table can be
 //! walked by the software CPU or be handed to a real CPU whose physical memory is that object.
 
+mod accounts;
 pub mod addr;
 pub mod dirty;
 pub mod frames;
 pub mod guest;
+#[cfg(test)]
+mod guest_tests;
 pub mod host;
+mod layout;
 pub mod map;
 mod view;
 

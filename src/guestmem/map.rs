@@ -3,7 +3,9 @@
 //! One 32-bit word a guest frame, kept in a flat table: kind and host frame number. Never assumed to be the identity;
 //! [`Policy`] says how frames are placed.
 
+use crate::accounts::filled;
 use crate::addr::{Gfn, Hfn};
+use crate::host::HostMemoryError;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// How guest frames get their host frames.
@@ -69,8 +71,8 @@ impl PhysMap {
     pub const MAX_HOST_FRAMES: u64 = 1 << KIND_SHIFT;
 
     /// A map of `frames` guest frames, all [`Slot::Mmio`].
-    pub fn new(frames: u64) -> Self {
-        Self { slots: (0..frames).map(|_| AtomicU32::new(0)).collect() }
+    pub fn new(frames: u64) -> Result<Self, HostMemoryError> {
+        Ok(Self { slots: filled(frames, frames, || AtomicU32::new(0))?.into_boxed_slice() })
     }
 
     /// One past the highest guest frame that may be anything but [`Slot::Mmio`].
@@ -87,8 +89,14 @@ impl PhysMap {
         }
     }
 
-    /// Changes what stands behind `gfn` and returns what stood there; `None` past the end.
+    /// Changes what stands behind `gfn` and returns what stood there; `None`, and nothing changed, past the end or when
+    /// the host frame cannot be named.
     pub fn set(&self, gfn: Gfn, slot: Slot) -> Option<Slot> {
+        if let Slot::Ram(frame) | Slot::Rom(frame) = slot
+            && frame.0 >= Self::MAX_HOST_FRAMES
+        {
+            return None;
+        }
         let word = self.slots.get(usize::try_from(gfn.0).ok()?)?;
         Some(Slot::decode(word.swap(slot.encode(), Ordering::Relaxed)))
     }
@@ -126,10 +134,12 @@ mod tests {
                 2 => Slot::Ram(Hfn(frame)),
                 _ => Slot::Rom(Hfn(frame)),
             };
-            let map = PhysMap::new(4);
+            let map = PhysMap::new(4).unwrap();
             prop_assert_eq!(map.set(Gfn(3), slot), Some(Slot::Mmio));
             prop_assert_eq!(map.get(Gfn(3)), slot);
             prop_assert_eq!(map.set(Gfn(4), slot), None);
+            prop_assert_eq!(map.set(Gfn(3), Slot::Ram(Hfn(frame + PhysMap::MAX_HOST_FRAMES))), None);
+            prop_assert_eq!(map.get(Gfn(3)), slot);
             prop_assert_eq!(map.get(Gfn(u64::MAX)), Slot::Mmio);
         }
 
