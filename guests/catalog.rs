@@ -106,6 +106,7 @@ pub const CATALOG: &[Entry] = &[
         Group::Memory,
         "two-level paging in 32-bit mode with 4 MiB pages, booted by multiboot",
     )),
+    guest("pae", Group::Memory, "PAE paging in 32-bit mode: PDPTE registers, NX, 2 MiB pages"),
     guest(
         "smc",
         Group::Memory,
