@@ -25,6 +25,8 @@ const FAULT_STREAK: u64 = 10_000;
 const IDLE_EVENTS: u64 = 1_000_000;
 /// CR0.CD and CR0.NW: paging does not read them, but changing them reloads the PDPTEs.
 const CR0_CACHE: u64 = 3 << 29;
+/// IA32_TSC_ADJUST (SDM Vol. 3 §17.17.3).
+const MSR_TSC_ADJUST: u32 = 0x3b;
 /// The longest sleep under the host's clock without looking up.
 const NAP: Duration = Duration::from_millis(20);
 
@@ -83,7 +85,8 @@ impl Machine {
             Exit::Cpuid { function, leaf, .. } => Answer::Cpuid(self.cpuid(*function, *leaf)),
             Exit::Tsc => {
                 let now = self.now();
-                Answer::Value(self.chipset.tsc(now))
+                // The CPU adds what the guest wrote to IA32_TSC_ADJUST itself.
+                Answer::Value(self.chipset.tsc(now).wrapping_sub(self.loop_state.tsc_offset))
             }
             Exit::Hlt { interruptible } => return Ok(self.halt(*interruptible)),
             Exit::InterruptWindow | Exit::Deadline => Answer::Done,
@@ -229,6 +232,12 @@ impl Machine {
 
     fn msr_write(&mut self, index: u32, value: u64) -> Answer {
         let now = self.now();
+        if index == MSR_TSC_ADJUST {
+            // The CPU holds the register and only tells: the local APIC compares its deadline with the guest's counter.
+            self.loop_state.tsc_offset = value;
+            self.chipset.set_tsc_offset(value.cast_signed(), now);
+            return Answer::Done;
+        }
         match self.chipset.msr_write(index, value, now) {
             Some(Ok(())) => Answer::Done,
             Some(Err(_)) | None => Answer::GeneralProtection,

@@ -33,6 +33,7 @@ pub mod console;
 pub mod end;
 pub mod error;
 mod exits;
+mod host_events;
 pub mod job;
 pub mod machine;
 pub mod measure;

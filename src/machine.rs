@@ -9,6 +9,7 @@ use crate::clock::{Clock, ClockKind};
 use crate::console::{Input, Transcript};
 use crate::error::Error;
 use crate::measure::Timings;
+use crate::run::{LoopState, translation};
 use crate::startup;
 use boot::{BootRequest, BootState, MemoryLayout};
 use devices::{Chipset, ChipsetConfig};
@@ -161,7 +162,7 @@ pub struct Machine {
     pub(crate) progress: Option<Watcher>,
     pub(crate) trace: Option<Box<dyn Write>>,
     pub(crate) notes: Vec<String>,
-    pub(crate) loop_state: crate::run::LoopState,
+    pub(crate) loop_state: LoopState,
 }
 
 impl Machine {
@@ -189,7 +190,8 @@ impl Machine {
         let cpu_id = mmu
             .add_cpu(&cpu.paging_state())
             .map_err(|source| Error::Mmu { mmu: config.mmu.name(), source })?;
-        let translation = (mmu.root(cpu_id), mmu.intercepts());
+        let clock = Clock::new(config.clock);
+        let translation = translation(&*mmu, cpu_id, &clock);
         cpu.set_translation(translation.0, translation.1);
         let transcript = Transcript::default();
         let chipset = Chipset::new(ChipsetConfig {
@@ -201,8 +203,8 @@ impl Machine {
             ..ChipsetConfig::default()
         });
         Ok(Self {
-            clock: Clock::new(config.clock),
-            loop_state: crate::run::LoopState::new(translation),
+            clock,
+            loop_state: LoopState::new(translation),
             config,
             memory,
             boot,
@@ -224,6 +226,11 @@ impl Machine {
     /// What was asked for.
     pub fn config(&self) -> &MachineConfig {
         &self.config
+    }
+
+    /// Changes when the run is to stop.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.config.limits = limits;
     }
 
     /// Guest memory.

@@ -5,10 +5,11 @@
 //! are injected (SDM Vol. 3 §6.8.1 "Masking Maskable Hardware Interrupts", §26.6 "Event Injection" and §26.7.5
 //! "Interrupt-Window Exiting and Virtual-Interrupt Delivery"), limits are looked at.
 
+use crate::clock::Clock;
 use crate::end::End;
 use crate::error::Error;
 use crate::machine::{Machine, Progress, TranslationSetting};
-use mmu::{Counter, MmuError, TlbFlush};
+use mmu::{Counter, CpuId, Intercepts, MmuBackend, MmuError, TlbFlush};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use vcpu::{Answer, Entry, Exit};
@@ -46,6 +47,10 @@ pub(crate) struct LoopState {
     pub(crate) outcome: Option<Counter>,
     /// Host time spent asleep in the exit being handled.
     pub(crate) slept: Duration,
+    /// What the guest has added to its time-stamp counter.
+    pub(crate) tsc_offset: u64,
+    /// How the guest is entered next.
+    entry: Entry,
     started: Option<Instant>,
     pub(crate) wall: Duration,
 }
@@ -64,10 +69,19 @@ impl LoopState {
             idle: (0, 0),
             outcome: None,
             slept: Duration::ZERO,
+            tsc_offset: 0,
+            entry: Entry::Start,
             started: None,
             wall: Duration::ZERO,
         }
     }
+}
+
+/// How the CPU is to find translations and what has to exit: as the backend says, and under the host's clock the
+/// time-stamp counter too, because ticks stand still between two exits.
+pub(crate) fn translation(mmu: &dyn MmuBackend, cpu: CpuId, clock: &Clock) -> TranslationSetting {
+    let tsc = if clock.is_host() { Intercepts::TSC } else { Intercepts::empty() };
+    (mmu.root(cpu), mmu.intercepts() | tsc)
 }
 
 /// What an exit leads to.
@@ -82,26 +96,29 @@ impl Machine {
     /// Runs the guest to its end.
     ///
     /// An error is a failure of the host or the engine; whatever the guest does comes back as an [`End`]. After either,
-    /// [`Machine::report`] says what was counted.
+    /// [`Machine::report`] says what was counted. After a limit, [`Machine::set_limits`] and another call go on where
+    /// the guest was left, under the virtual clock as if nothing had happened.
     pub fn run(&mut self) -> Result<End, Error> {
-        self.clock.start();
+        if self.loop_state.started.is_none() {
+            self.clock.start();
+        }
         let started = Instant::now();
         self.loop_state.started = Some(started);
         let ended = self.run_loop();
-        self.loop_state.wall = started.elapsed();
-        self.finish_trace();
+        self.loop_state.wall += started.elapsed();
+        self.flush_trace();
         // The fault that an error comes from has no outcome.
         debug_assert!(self.faults_taken() - self.fault_outcomes() <= u64::from(ended.is_err()));
         ended
     }
 
     fn run_loop(&mut self) -> Result<End, Error> {
-        let mut entry = Entry::Start;
         loop {
             if let Some(end) = self.before_entry()? {
                 return Ok(end);
             }
             let deadline = self.deadline();
+            let entry = std::mem::replace(&mut self.loop_state.entry, Entry::Start);
             let exit = self.cpu.run(entry, deadline)?;
             let started = Instant::now();
             let cause = self.count(&exit);
@@ -109,12 +126,12 @@ impl Machine {
             self.record(cause, started.elapsed());
             self.note_exit(&exit, &step);
             self.audit_now_and_then()?;
+            match step {
+                Step::Enter(answer) => self.loop_state.entry = Entry::Answer(answer),
+                Step::End(end) => return Ok(end),
+            }
             if let Some(shutdown) = self.chipset.take_shutdown() {
                 return Ok(shutdown.into());
-            }
-            match step {
-                Step::Enter(answer) => entry = Entry::Answer(answer),
-                Step::End(end) => return Ok(end),
             }
         }
     }
@@ -255,7 +272,7 @@ impl Machine {
         if flush != TlbFlush::None {
             self.cpu.flush(flush);
         }
-        let wanted = (self.mmu.root(self.cpu_id), self.mmu.intercepts());
+        let wanted = translation(&*self.mmu, self.cpu_id, &self.clock);
         if wanted != self.loop_state.translation {
             self.cpu.set_translation(wanted.0, wanted.1);
             self.loop_state.translation = wanted;
@@ -290,10 +307,10 @@ impl Machine {
         }
     }
 
-    fn finish_trace(&mut self) {
-        if let Some(mut trace) = self.trace.take()
-            && let Err(error) = trace.flush()
-        {
+    fn flush_trace(&mut self) {
+        let Some(trace) = &mut self.trace else { return };
+        if let Err(error) = trace.flush() {
+            self.trace = None;
             self.notes.push(format!("writing the end of the trace failed: {error}"));
         }
     }

@@ -472,3 +472,31 @@ fn absurd_machines_are_refused_in_one_sentence() {
         assert!(matches!(error, Error::Option(_)), "{table_memory}: {error}");
     }
 }
+
+#[test]
+fn the_guests_own_tsc_reaches_the_local_apic() {
+    let offset = 0u64.wrapping_sub(500);
+    let script = vec![Some((1000, Exit::MsrWrite { index: 0x3b, value: offset })), Some((1, Exit::Tsc))];
+    let mut stage = Stage::new(script);
+    let _end = stage.machine.run().unwrap();
+    assert_eq!(
+        stage.seen.lock().unwrap().answers,
+        [Answer::Done, Answer::Value(1001)],
+        "the CPU adds the offset"
+    );
+    assert_eq!(stage.machine.chipset().tsc(1001), 501);
+}
+
+#[test]
+fn a_run_goes_on_after_a_limit() {
+    let script = vec![None, out(0x80, 1), None, out(0xf4, 0)];
+    let mut stage = Stage::with(MmuKind::Ept, script, |config, _| {
+        config.limits = Limits { instructions: Some(10), seconds: None };
+    });
+    assert_eq!(stage.machine.run().unwrap(), End::InstructionLimit { instructions: 10 });
+    stage.machine.set_limits(Limits { instructions: Some(20), seconds: None });
+    assert_eq!(stage.machine.run().unwrap(), End::InstructionLimit { instructions: 20 });
+    stage.machine.set_limits(Limits::default());
+    assert_eq!(stage.machine.run().unwrap(), End::DebugExit { code: 1 });
+    assert_eq!(stage.seen.lock().unwrap().answers.len(), 3, "each exit is answered once");
+}
