@@ -88,8 +88,6 @@ pub struct ChipsetState {
     pub(crate) pm: AcpiPm,
     pub(crate) pci: PciConfig,
     pub(crate) apics: Option<Apics>,
-    /// Levels of the 16 ISA interrupt lines.
-    pub(crate) lines: u16,
     /// Level of the 8259A's INT pin.
     pub(crate) pic_output: bool,
     pub(crate) a20: bool,
@@ -131,7 +129,6 @@ impl Chipset {
                 pm: AcpiPm::default(),
                 pci: PciConfig::default(),
                 apics: config.apic.then(|| Apics { local, io: IoApic::default() }),
-                lines: 0,
                 pic_output: false,
                 a20: true,
                 idle_cr8: 0,
@@ -164,7 +161,6 @@ impl Chipset {
             apics.local = LocalApic::new(self.apic_id, self.physical_address_bits, state.tsc);
             apics.io = IoApic::default();
         }
-        state.lines = 0;
         state.pic_output = false;
         state.a20 = true;
         state.idle_cr8 = 0;

@@ -128,11 +128,9 @@ impl Chipset {
     /// Sets one ISA line at both controllers.
     fn drive(&mut self, irq: u8, level: bool) {
         let state = &mut self.state;
-        let bit = 1 << irq;
-        if (state.lines & bit != 0) == level {
+        if state.pic.line(irq) == level {
             return;
         }
-        state.lines ^= bit;
         state.pic.set_line(irq, level);
         if let Some(apics) = &mut state.apics {
             let pin = if irq == IRQ_TIMER { PIN_TIMER } else { irq };

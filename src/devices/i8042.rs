@@ -244,7 +244,12 @@ mod tests {
     #[test]
     fn linux_probe_finds_a_keyboard_and_no_mouse() {
         let mut i8042 = I8042::default();
-        assert_eq!(i8042.read_status() & 1, 0, "nothing to flush");
+        assert_eq!(i8042.read_status(), 0x14, "nothing to flush, self-test passed, not locked");
+        i8042.write_command(0xa7);
+        assert_eq!(i8042.read_status(), 0x1c, "the last byte was a command");
+        i8042.write_command(0x60);
+        i8042.write_data(0x61);
+        assert_eq!(i8042.read_status(), 0x10, "and now data, which cleared the system flag");
         assert_eq!(command(&mut i8042, 0xaa), 0x55);
         let control = command(&mut i8042, 0x20);
         i8042.write_command(0x60);

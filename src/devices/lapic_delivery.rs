@@ -167,11 +167,13 @@ impl LocalApic {
             self.record_error(ERROR_SEND_ILLEGAL);
             return;
         }
-        match low >> 18 & 3 {
-            0 => self.accept(message),
-            1 | 2 => self.accept(Message { destination: u32::MAX, ..message }),
-            _ => false, // all but self
+        let to_self = match low >> 18 & 3 {
+            0 => message,
+            1 | 2 => Message { destination: u32::MAX, ..message },
+            // All but self: nobody.
+            _ => return,
         };
+        self.accept(to_self);
     }
 
     /// The x2APIC's SELF IPI register.

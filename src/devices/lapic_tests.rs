@@ -59,6 +59,9 @@ fn priorities_decide_and_eoi_releases() {
     assert_eq!(apic.acknowledge(), Some(0x5f));
     assert_eq!(read(&mut apic, 0xa0, 0), 0x50);
     assert_eq!(apic.pending(), None, "0x51 is in the class that is being served");
+    write(&mut apic, 0x80, 0x5c);
+    assert_eq!(read(&mut apic, 0xa0, 0), 0x5c, "in the same class the task priority counts whole");
+    write(&mut apic, 0x80, 0);
     send(&mut apic, 0x60);
     assert_eq!(apic.acknowledge(), Some(0x60));
     assert_eq!(read(&mut apic, 0x130, 0), 1, "0x60 in ISR");
@@ -113,6 +116,14 @@ fn destinations() {
     assert_eq!(x2.read_msr(0x80d, 0), Some(Ok(2 << 16 | 1 << 3)));
     assert!(x2.accept(to(2 << 16 | 0xf, true)) && !x2.accept(to(0xf, true)));
     assert!(x2.accept(to(0x23, false)) && !x2.accept(to(0xff, false)));
+}
+
+#[test]
+fn entering_x2apic_forgets_the_destination() {
+    let mut apic = apic();
+    write(&mut apic, 0x310, 0x0500_0000);
+    apic.write_msr(MSR_APIC_BASE, apic.base() | 1 << 10, 0);
+    assert_eq!(apic.read_msr(0x830, 0), Some(Ok(0)));
 }
 
 #[test]
@@ -280,6 +291,12 @@ fn x2apic_registers_and_their_faults() {
     assert_eq!(apic.write_msr(0x830, 5 << 32 | 0x79, 0), ok);
     assert_eq!(apic.read_msr(0x830, 0), Some(Ok(5 << 32 | 0x79)));
     assert_eq!(apic.pending(), Some(0x78), "0x79 went elsewhere");
+    assert_eq!(apic.write_msr(MSR_APIC_BASE, apic.base(), 0), ok);
+    assert_eq!(
+        apic.read_msr(0x830, 0),
+        Some(Ok(5 << 32 | 0x79)),
+        "the base register was written, not changed"
+    );
     assert_eq!(apic.write_msr(MSR_X2APIC + 0x08, 0x90, 0), ok);
     assert_eq!(apic.cr8(), 9);
     assert_eq!(apic.read_msr(0x10, 0), None);

@@ -68,6 +68,12 @@ impl Pic {
         }
     }
 
+    /// The level that one of the 16 inputs was last driven to.
+    pub fn line(&self, irq: u8) -> bool {
+        let chip = if irq < 8 { &self.master } else { &self.slave };
+        chip.lines & (1 << (irq & 7)) != 0
+    }
+
     /// Level of the INT pin towards the CPU.
     pub fn interrupt(&self) -> bool {
         self.master.pending(true).is_some()
@@ -110,128 +116,5 @@ impl Pic {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Linux's `init_8259A`: vectors 0x30 and 0x38, everything unmasked.
-    fn programmed() -> Pic {
-        let mut pic = Pic::default();
-        pic.write(false, true, 0xff);
-        for (slave, icws) in [(false, [0x11, 0x30, 0x04, 0x01]), (true, [0x11, 0x38, 0x02, 0x01])] {
-            pic.write(slave, false, icws[0]);
-            for icw in &icws[1..] {
-                pic.write(slave, true, *icw);
-            }
-        }
-        assert_eq!(pic.read(false, true), 0, "initialisation clears the mask");
-        pic
-    }
-
-    #[test]
-    fn probe_reads_the_mask_back() {
-        let mut pic = Pic::default();
-        assert!(!pic.interrupt());
-        pic.write(true, true, 0xff);
-        pic.write(false, true, !(1 << 2));
-        assert_eq!(pic.read(false, true), 0xfb);
-    }
-
-    #[test]
-    fn priorities_nest_and_eoi_releases() {
-        let mut pic = programmed();
-        pic.set_line(4, true);
-        assert!(pic.interrupt());
-        assert_eq!(pic.acknowledge(), 0x34);
-        assert!(!pic.interrupt());
-        pic.set_line(5, true);
-        assert!(!pic.interrupt(), "IRQ 5 is below IRQ 4 in service");
-        pic.set_line(0, true);
-        assert_eq!(pic.acknowledge(), 0x30);
-        pic.write(false, false, 0x20);
-        assert!(!pic.interrupt());
-        pic.write(false, false, 0x64);
-        assert_eq!(pic.acknowledge(), 0x35);
-        pic.set_line(0, true);
-        pic.write(false, false, 0x65);
-        assert!(!pic.interrupt(), "a line that stays high is no new edge");
-        pic.set_line(0, false);
-        pic.set_line(0, true);
-        assert_eq!(pic.acknowledge(), 0x30);
-    }
-
-    #[test]
-    fn slave_requests_come_through_the_cascade() {
-        let mut pic = programmed();
-        pic.set_line(8, true);
-        pic.set_line(14, true);
-        assert_eq!(pic.acknowledge(), 0x38);
-        assert!(!pic.interrupt());
-        pic.write(true, false, 0x20);
-        pic.write(false, false, 0x62);
-        assert_eq!(pic.acknowledge(), 0x3e, "the second request was latched meanwhile");
-        pic.write(true, false, 0x66);
-        pic.write(false, false, 0x62);
-        assert!(!pic.interrupt());
-    }
-
-    #[test]
-    fn a_slave_request_that_vanished_is_spurious() {
-        let mut pic = programmed();
-        pic.set_line(10, true);
-        pic.write(true, true, 0xff);
-        assert!(pic.interrupt());
-        assert_eq!(pic.acknowledge(), 0x3f);
-        assert_eq!(pic.read(true, false), 4, "IRR still shows the masked request");
-        pic.write(true, false, 0x0b);
-        assert_eq!(pic.read(true, false), 0, "nothing is in service for a spurious one");
-        let mut idle = programmed();
-        assert_eq!(idle.acknowledge(), 0x37);
-    }
-
-    #[test]
-    fn level_triggered_lines_ask_again_until_they_fall() {
-        let mut pic = programmed();
-        pic.write_trigger(true, 0xff);
-        assert_eq!(pic.read_trigger(true), 0xde);
-        pic.set_line(9, true);
-        for _ in 0..2 {
-            assert_eq!(pic.acknowledge(), 0x39);
-            pic.write(true, false, 0x20);
-            pic.write(false, false, 0x20);
-        }
-        pic.set_line(9, false);
-        // The cascade pulse may still be latched: that is a spurious interrupt, as on the real thing.
-        if pic.interrupt() {
-            assert_eq!(pic.acknowledge(), 0x3f);
-        }
-        pic.write(false, false, 0x20);
-        assert!(!pic.interrupt());
-    }
-
-    #[test]
-    fn auto_eoi_rotation_poll_and_special_mask() {
-        let mut pic = programmed();
-        for byte in [0x11, 0x40, 0x04, 0x03] {
-            let command = byte == 0x11;
-            pic.write(false, !command, byte);
-        }
-        pic.write(false, false, 0x80);
-        pic.set_line(3, true);
-        assert_eq!(pic.acknowledge(), 0x43);
-        pic.set_line(4, true);
-        pic.set_line(0, true);
-        assert_eq!(pic.acknowledge(), 0x44, "after IRQ 3 the highest priority is IRQ 4");
-        pic.write(false, false, 0x0c);
-        assert_eq!(pic.read(false, false), 0x80);
-        assert_eq!(pic.read(false, false), 0, "IRR is empty again");
-        // Special mask: a masked input in service lets lower ones through.
-        let mut pic = programmed();
-        pic.set_line(1, true);
-        pic.acknowledge();
-        pic.set_line(6, true);
-        assert!(!pic.interrupt());
-        pic.write(false, true, 1 << 1);
-        pic.write(false, false, 0x68);
-        assert_eq!(pic.acknowledge(), 0x36);
-    }
-}
+#[path = "pic_tests.rs"]
+mod tests;

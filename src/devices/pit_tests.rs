@@ -83,6 +83,8 @@ fn one_shots_wait_for_the_gate() {
             let expect_low = low.contains(&(tick - 100));
             assert_eq!(pit.output(ns(tick)), !expect_low, "mode {mode}, tick {tick}");
         }
+        pit.set_gate(true, ns(110));
+        assert!(pit.output(ns(116)), "a gate that stays high is no trigger");
         // Retriggered.
         pit.set_gate(false, ns(200));
         pit.set_gate(true, ns(204));

@@ -121,6 +121,23 @@ fn reception_fills_the_fifo_and_pushes_back() {
 }
 
 #[test]
+fn clearing_fifos_takes_the_enable_bit() {
+    let mut uart = Uart::default();
+    uart.receive(b"a");
+    uart.write(2, FCR_CLEAR_RECEIVER | FCR_CLEAR_TRANSMITTER);
+    assert_eq!(uart.read(5) & LSR_DATA_READY, LSR_DATA_READY, "ignored without the enable bit");
+    uart.write(2, FCR_ENABLE);
+    assert_eq!(uart.read(5) & LSR_DATA_READY, 0, "changing the mode clears");
+    uart.receive(b"b");
+    uart.write(2, FCR_ENABLE);
+    assert_eq!(uart.read(0), b'b', "no change, nothing cleared");
+    uart.write(1, IER_TRANSMIT_EMPTY);
+    uart.read(2);
+    uart.write(2, FCR_ENABLE | FCR_CLEAR_TRANSMITTER);
+    assert_eq!(uart.read(2), IIR_FIFOS_ON | IIR_TRANSMIT_EMPTY);
+}
+
+#[test]
 fn loopback_returns_bytes_and_overruns() {
     let mut uart = Uart::default();
     uart.write(4, MCR_LOOPBACK);
