@@ -7,7 +7,7 @@
 use crate::end::End;
 use crate::error::Error;
 use crate::machine::Machine;
-use crate::run::Step;
+use crate::run::{PagingChange, Step};
 use devices::Shutdown;
 use guestmem::{Backing, Gpa, Gva};
 use mmu::paging::bits::{CR0_PG, CR4_PAE, CR4_PSE, CR4_SMEP};
@@ -62,8 +62,8 @@ impl Machine {
         Ok(Step::Enter(match exit {
             Exit::Fault(fault) => self.fault(fault)?,
             Exit::TableWritten(stores) => self.table_written(stores)?,
-            Exit::Cr3Load { new, keep } => self.load_cr3(*new, *keep)?,
-            Exit::PagingControl { old, new } => self.paging_control(old, *new)?,
+            Exit::Cr3Load { new, keep } => self.load_cr3(*new, *keep),
+            Exit::PagingControl { old, new } => self.paging_control(*old, *new),
             Exit::Invlpg(gva) => self.invlpg(*gva)?,
             Exit::Invpcid { kind, pcid, gva } => {
                 let state = self.cpu.paging_state();
@@ -147,32 +147,33 @@ impl Machine {
         Ok(Answer::Done)
     }
 
-    fn load_cr3(&mut self, mut new: PagingState, keep: bool) -> Result<Answer, Error> {
+    fn load_cr3(&mut self, mut new: PagingState, keep: bool) -> Answer {
         let mut answer = Answer::Done;
         if new.mode() == PagingMode::Pae {
-            let Some(pdptes) = new.read_pdptes(&self.memory) else { return Ok(Answer::GeneralProtection) };
+            let Some(pdptes) = new.read_pdptes(&self.memory) else { return Answer::GeneralProtection };
             new.pdptes = pdptes;
             answer = Answer::Pdptes(pdptes);
         }
-        let flush = self.mmu.load_cr3(self.cpu_id, &new, keep);
-        self.apply(flush)?;
-        Ok(answer)
+        self.expect_change(self.cpu.paging_state(), new, Some(keep));
+        answer
     }
 
-    fn paging_control(&mut self, old: &PagingState, mut new: PagingState) -> Result<Answer, Error> {
+    fn paging_control(&mut self, old: PagingState, mut new: PagingState) -> Answer {
         let mut answer = Answer::Done;
         if new.mode() == PagingMode::Pae {
-            if reloads_pdptes(old, &new) {
-                let Some(pdptes) = new.read_pdptes(&self.memory) else {
-                    return Ok(Answer::GeneralProtection);
-                };
+            if reloads_pdptes(&old, &new) {
+                let Some(pdptes) = new.read_pdptes(&self.memory) else { return Answer::GeneralProtection };
                 new.pdptes = pdptes;
             }
             answer = Answer::Pdptes(new.pdptes);
         }
-        let flush = self.mmu.paging_changed(self.cpu_id, old, &new);
-        self.apply(flush)?;
-        Ok(answer)
+        self.expect_change(old, new, None);
+        answer
+    }
+
+    /// The backend is told when the instruction is complete, by `Machine::tell_paging_change`.
+    fn expect_change(&mut self, old: PagingState, new: PagingState, cr3: Option<bool>) {
+        self.loop_state.change = Some(PagingChange { at: self.cpu.retired(), old, new, cr3 });
     }
 
     fn invlpg(&mut self, gva: Gva) -> Result<Answer, Error> {

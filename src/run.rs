@@ -9,7 +9,7 @@ use crate::clock::Clock;
 use crate::end::End;
 use crate::error::Error;
 use crate::machine::{Machine, Progress, TranslationSetting};
-use mmu::{Counter, CpuId, Intercepts, MmuBackend, MmuError, TlbFlush};
+use mmu::{Counter, CpuId, Intercepts, MmuBackend, MmuError, PagingState, TlbFlush};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use vcpu::{Answer, Entry, Exit};
@@ -47,6 +47,8 @@ pub(crate) struct LoopState {
     pub(crate) outcome: Option<Counter>,
     /// Host time spent asleep in the exit being handled.
     pub(crate) slept: Duration,
+    /// A change of the paging state that is answered but not done yet.
+    pub(crate) change: Option<PagingChange>,
     /// What the guest has added to its time-stamp counter.
     pub(crate) tsc_offset: u64,
     /// How the guest is entered next.
@@ -69,6 +71,7 @@ impl LoopState {
             idle: (0, 0),
             outcome: None,
             slept: Duration::ZERO,
+            change: None,
             tsc_offset: 0,
             entry: Entry::Start,
             started: None,
@@ -82,6 +85,20 @@ impl LoopState {
 pub(crate) fn translation(mmu: &dyn MmuBackend, cpu: CpuId, clock: &Clock) -> TranslationSetting {
     let tsc = if clock.is_host() { Intercepts::TSC } else { Intercepts::empty() };
     (mmu.root(cpu), mmu.intercepts() | tsc)
+}
+
+/// A load of CR3 or a change of another register that paging reads, of which the backend is told when the instruction is
+/// complete: until then the instruction's own accesses are translated by the old tables, as the CPU's state has it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PagingChange {
+    /// Instructions retired when it was answered.
+    pub(crate) at: u64,
+    /// The state before it.
+    pub(crate) old: PagingState,
+    /// The state after it.
+    pub(crate) new: PagingState,
+    /// For a load of CR3, whether TLB entries of the new PCID are to be kept; `None` for the other registers.
+    pub(crate) cr3: Option<bool>,
 }
 
 /// What an exit leads to.
@@ -121,7 +138,8 @@ impl Machine {
             let entry = std::mem::replace(&mut self.loop_state.entry, Entry::Start);
             let exit = self.cpu.run(entry, deadline)?;
             let started = Instant::now();
-            let cause = self.count(&exit);
+            let told = self.tell_paging_change()?;
+            let cause = self.count(&exit, told);
             let step = self.handle(&exit)?;
             self.record(cause, started.elapsed());
             self.note_exit(&exit, &step);
@@ -192,8 +210,8 @@ impl Machine {
             ours = ours.min(ticks.saturating_add(limit.saturating_sub(self.cpu.retired())));
         }
         let mut device = self.chipset.next_event().unwrap_or(u64::MAX);
-        if self.loop_state.nmi {
-            // It waits for the instruction that is half done; that takes one tick.
+        if self.loop_state.nmi || self.loop_state.change.is_some() {
+            // They wait for the instruction that is half done; that takes one tick.
             device = ticks;
         }
         self.loop_state.host_deadline = ours < device;
@@ -245,14 +263,39 @@ impl Machine {
         None
     }
 
-    /// Counts an exit by its cause. `None` for the second half of one that is already counted.
-    fn count(&mut self, exit: &Exit) -> Option<Counter> {
+    /// Tells the backend of a change of the paging state once the instruction that makes it is complete; whether it was.
+    fn tell_paging_change(&mut self) -> Result<bool, Error> {
+        let Some(change) = self.loop_state.change else { return Ok(false) };
+        if self.cpu.retired() == change.at {
+            return Ok(false);
+        }
+        self.loop_state.change = None;
+        let now = self.cpu.paging_state();
+        let registers = |s: &PagingState| (s.cr0, s.cr3, s.cr4, s.efer, s.pkru);
+        if registers(&now) != registers(&change.new) {
+            // The instruction ended in an exception instead.
+            return Ok(true);
+        }
+        let flush = match change.cr3 {
+            Some(keep) => self.mmu.load_cr3(self.cpu_id, &now, keep),
+            None => self.mmu.paging_changed(self.cpu_id, &change.old, &now),
+        };
+        self.apply(flush)?;
+        Ok(true)
+    }
+
+    /// Counts an exit by its cause. `None` for the second half of one that is already counted: a device access or a store
+    /// that a fault led to, and the end of an instruction that changed the paging state (`told`).
+    fn count(&mut self, exit: &Exit, told: bool) -> Option<Counter> {
         self.loop_state.outcome = None;
         self.loop_state.slept = Duration::ZERO;
         self.loop_state.mid_instruction = !matches!(
             exit,
             Exit::TableWritten(_) | Exit::Hlt { .. } | Exit::InterruptWindow | Exit::Deadline
         );
+        if told && *exit == Exit::Deadline {
+            return None;
+        }
         let cause = crate::exits::cause(exit, self.loop_state.host_deadline)?;
         self.loop_state.exits += 1;
         self.counters.count(cause);
