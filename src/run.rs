@@ -99,6 +99,8 @@ pub(crate) struct PagingChange {
     pub(crate) new: PagingState,
     /// For a load of CR3, whether TLB entries of the new PCID are to be kept; `None` for the other registers.
     pub(crate) cr3: Option<bool>,
+    /// How long answering took; telling the backend is added.
+    pub(crate) took: Duration,
 }
 
 /// What an exit leads to.
@@ -138,7 +140,7 @@ impl Machine {
             let entry = std::mem::replace(&mut self.loop_state.entry, Entry::Start);
             let exit = self.cpu.run(entry, deadline)?;
             let started = Instant::now();
-            let told = self.tell_paging_change()?;
+            let told = self.tell_paging_change(started)?;
             let cause = self.count(&exit, told);
             let step = self.handle(&exit)?;
             self.record(cause, started.elapsed());
@@ -264,7 +266,7 @@ impl Machine {
     }
 
     /// Tells the backend of a change of the paging state once the instruction that makes it is complete; whether it was.
-    fn tell_paging_change(&mut self) -> Result<bool, Error> {
+    fn tell_paging_change(&mut self, started: Instant) -> Result<bool, Error> {
         let Some(change) = self.loop_state.change else { return Ok(false) };
         if self.cpu.retired() == change.at {
             return Ok(false);
@@ -272,15 +274,16 @@ impl Machine {
         self.loop_state.change = None;
         let now = self.cpu.paging_state();
         let registers = |s: &PagingState| (s.cr0, s.cr3, s.cr4, s.efer, s.pkru);
-        if registers(&now) != registers(&change.new) {
-            // The instruction ended in an exception instead.
-            return Ok(true);
+        // Otherwise the instruction ended in an exception instead.
+        if registers(&now) == registers(&change.new) {
+            let flush = match change.cr3 {
+                Some(keep) => self.mmu.load_cr3(self.cpu_id, &now, keep),
+                None => self.mmu.paging_changed(self.cpu_id, &change.old, &now),
+            };
+            self.apply(flush)?;
         }
-        let flush = match change.cr3 {
-            Some(keep) => self.mmu.load_cr3(self.cpu_id, &now, keep),
-            None => self.mmu.paging_changed(self.cpu_id, &change.old, &now),
-        };
-        self.apply(flush)?;
+        let cause = if change.cr3.is_some() { Counter::ExitCr3Load } else { Counter::ExitPagingControl };
+        self.timings.record(cause, change.took + started.elapsed());
         Ok(true)
     }
 
@@ -304,6 +307,12 @@ impl Machine {
 
     fn record(&mut self, cause: Option<Counter>, took: Duration) {
         let took = took.saturating_sub(self.loop_state.slept);
+        if let (Some(change), Some(Counter::ExitCr3Load | Counter::ExitPagingControl)) =
+            (&mut self.loop_state.change, cause)
+        {
+            change.took = took;
+            return;
+        }
         for what in [cause, self.loop_state.outcome].into_iter().flatten() {
             self.timings.record(what, took);
         }

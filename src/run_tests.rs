@@ -500,3 +500,24 @@ fn a_run_goes_on_after_a_limit() {
     assert_eq!(stage.machine.run().unwrap(), End::DebugExit { code: 1 });
     assert_eq!(stage.seen.lock().unwrap().answers.len(), 3, "each exit is answered once");
 }
+
+#[test]
+fn the_backend_hears_of_a_new_cr3_when_the_instruction_is_complete() {
+    let root = PagingState { cr0: CR0_PG | CR0_PE, cr3: 0x7000, ..PagingState::default() };
+    let load = Some((1, Exit::Cr3Load { new: root, keep: false }));
+    let fetch = Exit::Fault(Fault {
+        gva: Gva(0x10_0000),
+        access: Access::new(AccessKind::Execute, Privilege::Supervisor),
+        kind: FaultKind::Page(mmu::PfCode::FETCH),
+    });
+    // The instruction is begun anew and has to be fetched again: that is still an access of the old address space.
+    let mut stage = Stage::with(MmuKind::Shadow, vec![load, Some((0, fetch)), None], |_, _| {});
+    let before = stage.machine.mmu.root(stage.machine.cpu_id);
+    let _end = stage.machine.run().unwrap();
+    assert_eq!(stage.count(Counter::FaultsHidden), 1, "with paging off the address is mapped");
+    assert_eq!(stage.machine.mmu.root(stage.machine.cpu_id), before, "this script never completes the load");
+    let seen = stage.seen.lock().unwrap();
+    assert_eq!(seen.deadlines[1], 2, "the loop looks again as soon as the load is complete");
+    drop(seen);
+    assert_eq!((stage.count(Counter::ExitCr3Load), stage.count(Counter::ExitDeadline)), (1, 0));
+}
