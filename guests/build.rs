@@ -14,7 +14,7 @@ mod catalog;
 #[path = "pack.rs"]
 mod pack;
 
-use catalog::{CATALOG, Entry};
+use catalog::CATALOG;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
@@ -57,38 +57,44 @@ impl Build {
         run(command, "the guests' runtime")
     }
 
-    fn guest(&self, entry: &Entry) -> Outcome {
-        let linked = self.out.join(format!("{}.linked", entry.name));
-        let mut command = self.rustc(&entry.source.replace('-', "_"), "bin");
+    /// Compiles one program and packs every guest that it serves for.
+    fn program(&self, source: &str) -> Outcome {
+        let linked = self.out.join(format!("{source}.linked"));
+        let mut command = self.rustc(&source.replace('-', "_"), "bin");
         command
-            .arg(format!("bare/{}.rs", entry.source))
-            .env("GUEST_NAME", entry.name)
+            .arg(format!("bare/{source}.rs"))
             .arg("--extern")
             .arg(format!("rt={}", self.out.join("librt.rlib").display()))
-            .args(["-Clink-arg=-nostdlib", "-Clink-arg=-nostartfiles", "-Clink-arg=-static"])
-            .args(["-Clink-arg=-Wl,--gc-sections", "-Clink-arg=-Wl,--build-id=none", "-Cstrip=debuginfo"])
-            .args([
-                "-Clink-arg=-no-pie",
-                "-Clink-arg=-Wl,-z,max-page-size=4096",
-                "-Clink-arg=-Wl,-z,noexecstack",
-            ])
+            .args(["-nostdlib", "-nostartfiles", "-static", "-no-pie"].map(|a| format!("-Clink-arg={a}")))
+            .args(
+                ["--gc-sections", "--build-id=none", "-z,max-page-size=4096", "-z,noexecstack"]
+                    .map(|a| format!("-Clink-arg=-Wl,{a}")),
+            )
             .arg(format!("-Clink-arg=-Wl,-T,{}", self.root.join("rt/link.ld").display()))
+            .arg("-Cstrip=debuginfo")
             .arg("-o")
             .arg(&linked);
-        run(command, entry.name)?;
+        run(command, source)?;
         let bytes = fs::read(&linked).map_err(|e| format!("reading {}: {e}", linked.display()))?;
-        let packed = pack::pack(&bytes, entry.format).map_err(|e| format!("packing {}: {e}", entry.name))?;
-        let target = self.out.join(format!("{}.elf", entry.name));
-        fs::write(&target, packed).map_err(|e| format!("writing {}: {e}", target.display()))
+        for entry in CATALOG.iter().filter(|e| e.source == source) {
+            let packed = pack::pack(&bytes, entry.name, entry.format)
+                .map_err(|e| format!("packing {}: {e}", entry.name))?;
+            let target = self.out.join(format!("{}.elf", entry.name));
+            fs::write(&target, packed).map_err(|e| format!("writing {}: {e}", target.display()))?;
+        }
+        Ok(())
     }
 
-    /// Compiles all guests on two threads; rustc itself keeps one core busy.
-    fn guests(&self) -> Outcome {
-        let next = Mutex::new(CATALOG.iter());
+    /// Compiles all programs on two threads; rustc itself keeps one core busy.
+    fn programs(&self) -> Outcome {
+        let mut sources: Vec<&str> = CATALOG.iter().map(|e| e.source).collect();
+        sources.sort_unstable();
+        sources.dedup();
+        let next = Mutex::new(sources.iter());
         let worker = || -> Outcome {
             loop {
-                let Some(entry) = next.lock().map_err(|e| e.to_string())?.next() else { return Ok(()) };
-                self.guest(entry)?;
+                let Some(source) = next.lock().map_err(|e| e.to_string())?.next() else { return Ok(()) };
+                self.program(source)?;
             }
         };
         std::thread::scope(|scope| {
@@ -124,7 +130,7 @@ fn main() {
         .iter()
         .map(|e| format!("include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{}.elf\")),\n", e.name))
         .collect();
-    let outcome = build.runtime().and_then(|()| build.guests()).and_then(|()| {
+    let outcome = build.runtime().and_then(|()| build.programs()).and_then(|()| {
         fs::write(build.out.join("images.rs"), format!("&[{list}]")).map_err(|e| e.to_string())
     });
     if let Err(message) = outcome {

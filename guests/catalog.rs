@@ -12,6 +12,8 @@ pub enum Ending {
     Endless,
     /// It halts with interrupts off; nothing but an NMI, INIT or reset could wake it.
     Halted,
+    /// The architecture does not say what comes of it: any end is right that leaves the monitor whole.
+    Open,
 }
 
 /// What a guest is for.
@@ -64,6 +66,10 @@ const fn guest(name: &'static str, group: Group, summary: &'static str) -> Entry
     Entry { name, source: name, summary, group, format: Format::Pvh, ending: Ending::Exit(PASS) }
 }
 
+const fn hostile(name: &'static str, ending: Ending, summary: &'static str) -> Entry {
+    Entry { name, source: "hostile", summary, group: Group::Hostile, format: Format::Pvh, ending }
+}
+
 const fn multiboot(entry: Entry) -> Entry {
     Entry { format: Format::Multiboot, ..entry }
 }
@@ -97,6 +103,11 @@ pub const CATALOG: &[Entry] = &[
     ),
     guest("largepages", Group::Memory, "2 MiB and 1 GiB pages, split and merged and mixed with 4 KiB ones"),
     guest(
+        "tangle",
+        Group::Memory,
+        "tables of all levels that point at themselves and each other, compared with the manual's rules",
+    ),
+    guest(
         "faults",
         Group::Memory,
         "page faults of every kind on every level, restarts in mid-instruction, double faults",
@@ -123,4 +134,24 @@ pub const CATALOG: &[Entry] = &[
         Group::Devices,
         "device registers by every kind of instruction: memory-mapped, port and string I/O",
     ),
+    hostile("hostile-wild-cr3", Ending::TripleFault, "CR3 far past all RAM"),
+    hostile("hostile-mmio-cr3", Ending::TripleFault, "CR3 on a device page"),
+    hostile("hostile-triple-fault", Ending::TripleFault, "an exception without an IDT"),
+    hostile("hostile-idt-past-ram", Ending::TripleFault, "the IDT where nothing is"),
+    hostile("hostile-gdt-past-ram", Ending::TripleFault, "the GDT where nothing is"),
+    hostile("hostile-tss-past-ram", Ending::TripleFault, "the TSS where nothing is"),
+    hostile("hostile-endless-fault", Ending::Endless, "a page-fault handler that mends nothing"),
+    hostile("hostile-endless-rep", Ending::Endless, "one string instruction over 256 GiB"),
+    hostile("hostile-endless-loop", Ending::Endless, "a jump to itself"),
+    hostile("hostile-halt", Ending::Halted, "HLT with interrupts off"),
+    hostile("hostile-jump-mmio", Ending::Open, "code fetched from a device page"),
+    hostile("hostile-jump-nothing", Ending::Open, "code fetched where nothing is"),
+    hostile("hostile-noise-kernel", Ending::Open, "random code at CPL 0"),
+    hostile("hostile-noise", Ending::Exit(PASS), "random code at CPL 3"),
+    hostile("hostile-msrs", Ending::Exit(PASS), "every model-specific register read and written back"),
+    hostile("hostile-self-tables", Ending::Exit(PASS), "a PML4 whose entries are all itself"),
+    hostile("hostile-mmio-tables", Ending::Exit(PASS), "page tables of every level on device pages"),
+    hostile("hostile-tables-past-ram", Ending::Exit(PASS), "page tables and pages where nothing is"),
+    hostile("hostile-rom-tables", Ending::Exit(PASS), "page tables in the firmware's place"),
+    hostile("hostile-reserved-bits", Ending::Exit(PASS), "reserved bits in every entry of every level"),
 ];

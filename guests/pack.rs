@@ -48,8 +48,11 @@ fn segments(file: &[u8]) -> Result<Vec<Segment>, String> {
         .collect()
 }
 
+/// Programs that serve for several guests hold this where their name goes.
+const NAME: &[u8; 32] = b"@the name, set when it is packed";
+
 /// One image from the linker's output.
-pub fn pack(linked: &[u8], format: Format) -> Result<Vec<u8>, String> {
+pub fn pack(linked: &[u8], name: &str, format: Format) -> Result<Vec<u8>, String> {
     let entry = u64_at(linked, 24)?;
     let all = segments(linked)?;
     let one = |kind: u32, what: &str| {
@@ -75,6 +78,11 @@ pub fn pack(linked: &[u8], format: Format) -> Result<Vec<u8>, String> {
     if format == Format::Pvh {
         // The multiboot header (the first twelve bytes) goes: loaders that look for it first refuse a 64-bit file that has one.
         image[at..at + MULTIBOOT_HEADER].fill(0);
+    }
+    if let Some(at) = image.windows(NAME.len()).position(|w| w == NAME) {
+        let place = &mut image[at..at + NAME.len()];
+        place.fill(0);
+        place.get_mut(..name.len()).ok_or("the name is too long")?.copy_from_slice(name.as_bytes());
     }
     Ok(image)
 }

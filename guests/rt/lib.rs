@@ -30,7 +30,7 @@ pub use report::{finish, skip};
 /// Declares the guest's name and its main function, which the entry code calls in long mode with interrupts off.
 #[macro_export]
 macro_rules! guest {
-    ($name:literal, $main:path) => {
+    ($name:expr, $main:path) => {
         #[unsafe(no_mangle)]
         extern "C" fn guest_main() -> ! {
             $crate::report::begin($name);
