@@ -164,6 +164,10 @@ fn errors_are_latched_by_a_write_and_interrupt() {
     assert_eq!(read(&mut apic, 0x280, 0), 0xe0);
     write(&mut apic, 0x280, 0);
     assert_eq!(read(&mut apic, 0x280, 0), 0);
+    send(&mut apic, 15);
+    send(&mut apic, 16);
+    assert_eq!(read(&mut apic, 0x200, 0), 1 << 16, "16 is the first legal vector");
+    write(&mut apic, 0x280, 0);
     // An error vector that is itself illegal ends there.
     write(&mut apic, 0x370, 0x02);
     write(&mut apic, 0x3f0, 0);

@@ -157,6 +157,19 @@ fn rotation_can_be_switched_off_and_follows_a_specific_eoi() {
 }
 
 #[test]
+fn priorities_can_be_set() {
+    let mut pic = programmed();
+    pic.write(false, false, 0xc4); // IRQ 4 lowest, so IRQ 5 highest
+    for irq in [0, 4, 5] {
+        pic.set_line(irq, true);
+    }
+    for expected in [0x35, 0x30, 0x34] {
+        assert_eq!(pic.acknowledge(), expected);
+        pic.write(false, false, 0x20);
+    }
+}
+
+#[test]
 fn special_fully_nested_mode_lets_the_slave_nest() {
     for (icw4, nests) in [(0x01, false), (0x11, true)] {
         let mut pic = programmed();
@@ -185,7 +198,13 @@ fn an_initialised_master_sees_the_slave_that_still_asks() {
         pic.write(false, data_port, byte);
     }
     assert_eq!(pic.acknowledge(), 0x3c);
-    // Other commands do not make it ask twice.
+    // Nothing else makes a slave that goes on asking look like a new request.
+    pic.write(false, false, 0x62);
+    pic.write(true, false, 0x64);
+    pic.set_line(13, true);
+    pic.write(false, false, 0x0c);
+    assert_eq!(pic.read(false, false), 0x82, "polled, so the slave was not acknowledged");
+    pic.write(false, true, 0x10);
     pic.write(false, false, 0x62);
     assert!(!pic.interrupt());
 }

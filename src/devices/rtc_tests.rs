@@ -108,7 +108,7 @@ fn update_interrupt_every_second() {
 fn alarm_interrupt_at_the_time_of_day() {
     let mut rtc = Rtc::new(EPOCH);
     put(&mut rtc, HOURS_ALARM, 0xff, 0);
-    put(&mut rtc, MINUTES_ALARM, 0xff, 0);
+    put(&mut rtc, MINUTES_ALARM, 0xc0, 0);
     put(&mut rtc, SECONDS_ALARM, 0x02, 0);
     put(&mut rtc, STATUS_B, 0x02 | B_ALARM, 0);
     assert_eq!(rtc.due(), Some(55 * SECOND));

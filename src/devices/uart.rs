@@ -217,8 +217,6 @@ impl Uart {
         // (UART_BUG_THRE) and depends on it to start transmission.
         if turned_on {
             self.transmit_empty_pending = true;
-        } else if value & IER_TRANSMIT_EMPTY == 0 {
-            self.transmit_empty_pending = false;
         }
         self.interrupt_enable = value;
     }

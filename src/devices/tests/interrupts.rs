@@ -243,10 +243,38 @@ fn x2apic_takes_over_from_memory() {
 }
 
 #[test]
+fn the_pic_can_drive_lint0_and_pin_0_by_edges() {
+    let mut board = board();
+    enable_lapic(&mut board);
+    write32(&mut board, LAPIC + 0x350, 0x400, 0); // NMI: the old watchdog
+    redirect(&mut board, 0, 0x41);
+    for _ in 0..2 {
+        program_pit(&mut board, 0x30, 10, 0);
+        program_pic(&mut board, 1);
+        assert!(!board.take_nmi());
+        board.advance(board.next_event().expect("the count runs"));
+        assert!(board.take_nmi());
+        assert_eq!(board.acknowledge_interrupt(), Some(0x41));
+        write32(&mut board, LAPIC + 0xb0, 0, 0);
+        out(&mut board, 0x21, 0xfa, 0);
+        assert!(!board.take_nmi() && !board.interrupt_pending(), "one edge");
+        // INT is still up when the machine is reset; the next rise is a new edge all the same.
+        board.reset();
+        enable_lapic(&mut board);
+        write32(&mut board, LAPIC + 0x350, 0x400, 0);
+        redirect(&mut board, 0, 0x41);
+    }
+}
+
+#[test]
 fn the_apic_page_moves_with_its_base() {
     let mut board = board();
     assert_eq!(board.msr_write(0x1b, 0xd000_0900, 0), Some(Ok(())));
     assert!(!board.claims_mmio(LAPIC));
+    assert!(
+        board.claims_mmio(0xd000_0fff) && !board.claims_mmio(0xd000_1000) && !board.claims_mmio(0xcfff_ffff)
+    );
+    assert!(board.claims_mmio(IOAPIC + 0xfff) && !board.claims_mmio(IOAPIC + 0x1000));
     assert_eq!(read32(&mut board, 0xd000_0030, 0) & 0xff, 0x14);
 }
 
