@@ -574,6 +574,10 @@ fn sysret(core: &mut Core, op: &Op) -> Flow {
 }
 
 fn sysenter(core: &mut Core, _op: &Op) -> Flow {
+    // AMD's processors have no SYSENTER in long mode (APM Vol. 3, SYSENTER).
+    if core.model.is_amd() && core.long_mode() {
+        return Err(core.ud());
+    }
     let selector = core.msrs.sysenter_cs as u16 & !3;
     if !core.protected() || selector == 0 {
         return Err(core.gp(0));
@@ -591,6 +595,9 @@ fn sysenter(core: &mut Core, _op: &Op) -> Flow {
 }
 
 fn sysexit(core: &mut Core, op: &Op) -> Flow {
+    if core.model.is_amd() && core.long_mode() {
+        return Err(core.ud());
+    }
     let selector = core.msrs.sysenter_cs as u16;
     if !core.protected() || selector & !3 == 0 || core.cpl != 0 {
         return Err(core.gp(0));
