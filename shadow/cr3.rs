@@ -79,28 +79,24 @@ impl ShadowMmu {
     /// The root for `state`, pinned once more.
     pub(crate) fn take_root(&mut self, state: &PagingState) -> Result<PageId, MmuError> {
         let role = Role::root(state, &self.options);
-        let gfn = match role_frame(state) {
-            Some(gfn) => gfn,
-            None => {
-                let mask = state.phys_mask() & !0xfff;
-                let set = state.pdptes.map(|pdpte| if pdpte & 1 != 0 { pdpte & mask | 1 } else { 0 });
-                self.pdpte_sets.number(set)
-            }
+        let Some(gfn) = role_frame(state) else {
+            let mask = state.phys_mask() & !0xfff;
+            let set = state.pdptes.map(|pdpte| if pdpte & 1 != 0 { pdpte & mask | 1 } else { 0 });
+            // Held meanwhile: making room for the new page may take the last page that holds the set.
+            let number = self.pdpte_sets.number(set);
+            self.pdpte_sets.hold(number);
+            let taken = self.pin_root(number, role);
+            self.pdpte_sets.release(number);
+            return taken;
         };
-        let found = self.pages.find(gfn, &role).is_some();
-        let id = match self.page_for(gfn, role) {
-            Ok(id) => id,
-            Err(error) => {
-                if role.mode == PagingMode::Pae {
-                    self.pdpte_sets.hold(gfn);
-                    self.pdpte_sets.release(gfn);
-                }
-                return Err(error);
-            }
-        };
-        if found {
+        self.pin_root(gfn, role)
+    }
+
+    fn pin_root(&mut self, gfn: Gfn, role: Role) -> Result<PageId, MmuError> {
+        if self.pages.find(gfn, &role).is_some() {
             self.counters.count(Counter::ShadowRootsReused);
         }
+        let id = self.page_for(gfn, role)?;
         self.pages[id].pins += 1;
         self.pages[id].touched = true;
         Ok(id)

@@ -8,7 +8,7 @@ use crate::ShadowMmu;
 use crate::pages::PageId;
 use crate::spte;
 use guestmem::{FrameMark, Gfn, Slot};
-use mmu::{Counter, MmuError};
+use mmu::MmuError;
 
 impl ShadowMmu {
     /// The host changed what stands behind these frames, or wants to see the next write to each.
@@ -59,9 +59,8 @@ impl ShadowMmu {
                 };
             if !kept {
                 self.drop_entry(at);
-            } else if slot != Slot::Mmio && spte::is_writable(raw) && !self.memory.dirty().is_marked(gfn) {
-                self.change_leaf(at, spte::read_only(raw));
-                self.counters.count(Counter::ShadowWriteProtected);
+            } else if !self.memory.dirty().is_marked(gfn) {
+                self.revoke_write(at);
             }
             at = next;
         }
@@ -73,15 +72,22 @@ impl ShadowMmu {
     /// What stands behind a tracked frame may be another host frame now, with other contents.
     fn table_moved(&mut self, gfn: Gfn) -> Result<(), MmuError> {
         let Some(tracked) = self.tracker.get(gfn) else { return Ok(()) };
+        let log_only = self.memory.dirty().is_active()
+            && match self.memory.slot(gfn) {
+                Slot::Ram(frame) | Slot::Rom(frame) => tracked.frame == Some(frame),
+                Slot::Mmio => tracked.frame.is_none(),
+                Slot::Unbacked => false,
+            };
+        if log_only {
+            return Ok(());
+        }
         let now = match self.memory.slot(gfn) {
             Slot::Ram(frame) | Slot::Rom(frame) => Some(frame),
             Slot::Mmio => None,
+            // A root stays in use, so its table must be somewhere.
             Slot::Unbacked => self.table_frame(gfn)?,
         };
         let pages: Vec<PageId> = self.pages.same_frame(tracked.first).collect();
-        if now == tracked.frame && self.memory.dirty().is_active() {
-            return Ok(());
-        }
         let host = self.memory.host();
         if now != tracked.frame {
             if let Some(frame) = tracked.frame {

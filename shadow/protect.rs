@@ -196,16 +196,28 @@ impl ShadowMmu {
         if self.tracker.was_handed_out(gfn) {
             let mut at = self.rmap.head(gfn, 1);
             while !at.is_none() {
-                let raw = self.entry(at);
-                if spte::kind(raw, 1) == spte::Kind::Leaf && spte::is_writable(raw) {
-                    self.change_leaf(at, spte::read_only(raw));
-                    self.counters.count(Counter::ShadowWriteProtected);
-                }
-                at = self.pages.slot(at).next;
+                let next = self.pages.slot(at).next;
+                self.revoke_write(at);
+                at = next;
             }
         }
         for level in [2, 3] {
             self.drop_block(gfn, level);
+        }
+    }
+
+    /// Takes write permission from a 4 KiB entry, if it gives any.
+    pub(crate) fn revoke_write(&mut self, at: EntryRef) {
+        let raw = self.entry(at);
+        if spte::kind(raw, 1) != spte::Kind::Leaf || !spte::is_writable(raw) {
+            return;
+        }
+        self.counters.count(Counter::ShadowWriteProtected);
+        if self.pages[at.page()].role.wp {
+            self.change_leaf(at, spte::read_only(raw));
+        } else {
+            // It may be a user page in the hands of the supervisor, which has lost its user right for the write one.
+            self.drop_entry(at);
         }
     }
 

@@ -20,6 +20,9 @@ pub const MIB: u64 = 1 << 20;
 pub const ROM_BASE: u64 = 6 * MIB;
 pub const MMIO_BASE: u64 = 7 * MIB;
 
+/// Frames that the host has to spare, taken from the end of guest memory.
+pub const SPARE: u64 = 128;
+
 /// What an access came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -113,7 +116,15 @@ impl Machine {
         table_frames: u64,
     ) -> Self {
         let make = |policy| {
-            GuestMemory::new(&MemoryConfig { regions: regions.clone(), policy, table_frames }).unwrap()
+            let config = MemoryConfig { regions: regions.clone(), policy, table_frames };
+            let memory = GuestMemory::new(&config).unwrap();
+            // The last frames of guest memory are taken away, so that the host has frames to spare.
+            for gfn in memory.end().0 - SPARE..memory.end().0 {
+                if let Some(Slot::Ram(frame)) = memory.set_slot(Gfn(gfn), Slot::Mmio) {
+                    memory.free_guest_frame(frame);
+                }
+            }
+            memory
         };
         let memory = Arc::new(make(policy));
         let mut mmu = ShadowMmu::new(memory.clone(), options);
@@ -372,6 +383,13 @@ impl Machine {
     /// The guest flushes everything.
     pub fn flush_all(&mut self) {
         let _applied = self.invpcid(InvpcidKind::AllIncludingGlobal, 0, Gva(0));
+    }
+
+    /// Empties the TLBs behind everybody's back.
+    pub fn forget(&mut self) {
+        for cpu in &mut self.cpus {
+            cpu.tlb.clear();
+        }
     }
 
     /// The host puts something else behind a guest frame.
