@@ -84,7 +84,8 @@ impl Core {
     fn change_paging(&mut self, mut new: PagingState, bits: u64, reload_pdptes: bool) -> Result<(), Stop> {
         let old = self.paging;
         let changed = (old.cr0 ^ new.cr0 | old.cr4 ^ new.cr4) & bits != 0 || old.efer ^ new.efer != 0;
-        if !changed && !(reload_pdptes && new.mode() == PagingMode::Pae) {
+        let reloads = reload_pdptes && new.mode() == PagingMode::Pae;
+        if !(changed || reloads) {
             self.paging = new;
             return Ok(());
         }
@@ -95,7 +96,7 @@ impl Core {
             self.paging = new;
             return Ok(());
         }
-        if reload_pdptes && new.mode() == PagingMode::Pae {
+        if reloads {
             new.pdptes = self.read_pdptes_nested(&new)?;
         }
         self.paging = new;

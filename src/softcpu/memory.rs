@@ -344,10 +344,9 @@ impl Core {
         segment: SegIndex,
         len: u64,
     ) -> Result<Target, Stop> {
-        if self.mode64 || self.long_mode() && who == Who::System {
-            if !Gva(lin).is_canonical(self.paging.linear_bits()) {
-                return Err(if usize::from(segment) == seg::SS { self.ss(0) } else { self.gp(0) });
-            }
+        let wide = self.mode64 || self.long_mode() && who == Who::System;
+        if wide && !Gva(lin).is_canonical(self.paging.linear_bits()) {
+            return Err(if usize::from(segment) == seg::SS { self.ss(0) } else { self.gp(0) });
         }
         if who == Who::Current && kind != AccessKind::Execute {
             if len.is_power_of_two() && len <= 8 && lin & (len - 1) != 0 && self.alignment_checked() {

@@ -105,14 +105,8 @@ impl TlbArray {
 
 /// Remembers, without ever forgetting wrongly, whether a large page that holds an address was filled: one bit a hashed
 /// stretch. A false yes costs a flush of everything.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct LargeFilter([u64; 16]);
-
-impl Default for LargeFilter {
-    fn default() -> Self {
-        Self([0; 16])
-    }
-}
 
 impl LargeFilter {
     fn bit(lin: u64, size: PageSize) -> (usize, u64) {

@@ -1,17 +1,14 @@
-//! Control transfers that load CS, and loads of the other segment registers: far JMP, CALL, RET and IRET, INT n, SYSCALL
-//! and SYSENTER (SDM Vol. 3 §5.8 "Privilege level checking when transferring program control"; Vol. 2).
+//! Far JMP, CALL and RET, direct and through gates (SDM Vol. 3 §5.8 "Privilege level checking when transferring program
+//! control between code segments"; Vol. 2).
 //!
 //! The order is always: read and check everything, then change registers.
 
 use super::Selected;
 use super::address::read_address;
 use crate::core::Core;
-use crate::decode::{CodeMode, segment_index};
-use crate::exceptions::{Event, EventKind};
-use crate::flags::bit;
+use crate::decode::CodeMode;
 use crate::op::{Flow, Handler, Op, Stop};
 use crate::segments::{Descriptor, null_stack};
-use crate::width::Width;
 use guestmem::Gva;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 use vcpu::Segment;
@@ -20,12 +17,12 @@ use vcpu::state::seg;
 const RSP: usize = 4;
 
 impl Core {
-    fn canonical(&self, address: u64) -> bool {
+    pub(super) fn canonical(&self, address: u64) -> bool {
         Gva(address).is_canonical(self.paging.linear_bits())
     }
 
     /// Loads CS and RIP in real or virtual-8086 mode.
-    fn jump_real(&mut self, selector: u16, ip: u64) -> Flow {
+    pub(super) fn jump_real(&mut self, selector: u16, ip: u64) -> Flow {
         if ip > u64::from(self.segments[seg::CS].limit) {
             return Err(self.gp(0));
         }
@@ -43,7 +40,7 @@ impl Core {
     }
 
     /// Checks that `ip` lies in the code segment that is about to be loaded.
-    fn check_far_target(&mut self, cs: &Segment, ip: u64) -> Result<(), Stop> {
+    pub(super) fn check_far_target(&mut self, cs: &Segment, ip: u64) -> Result<(), Stop> {
         let long = self.long_mode() && cs.long();
         let good = if long { self.canonical(ip) } else { ip <= u64::from(cs.limit) };
         if good { Ok(()) } else { Err(self.gp(0)) }
@@ -65,7 +62,7 @@ impl Core {
         Ok(Segment { selector: (selector & !3) | u16::from(self.cpl), ..s })
     }
 
-    fn load_code(&mut self, cs: Segment, ip: u64) {
+    pub(super) fn load_code(&mut self, cs: Segment, ip: u64) {
         self.segments[seg::CS] = cs;
         self.mode_changed();
         self.set_ip(ip);
@@ -268,7 +265,7 @@ impl Core {
     }
 
     /// The code segment for a far return to `selector` (RET and IRET).
-    fn return_code_segment(&mut self, selector: u16) -> Result<Segment, Stop> {
+    pub(super) fn return_code_segment(&mut self, selector: u16) -> Result<Segment, Stop> {
         if selector & !3 == 0 {
             return Err(self.gp(0));
         }
@@ -289,7 +286,12 @@ impl Core {
     }
 
     /// The stack segment for a return to an outer level (or, in 64-bit mode, IRET to any).
-    fn return_stack_segment(&mut self, selector: u16, cpl: u8, to_64bit: bool) -> Result<Segment, Stop> {
+    pub(super) fn return_stack_segment(
+        &mut self,
+        selector: u16,
+        cpl: u8,
+        to_64bit: bool,
+    ) -> Result<Segment, Stop> {
         let error = selector & !3;
         if error == 0 {
             if to_64bit && cpl != 3 {
@@ -342,121 +344,6 @@ impl Core {
         self.mode_changed();
         Ok(())
     }
-
-    /// RFLAGS bits that IRET may change at the current level.
-    fn iret_mask(&self, size: u8) -> u64 {
-        let mut mask = bit::ARITHMETIC | bit::TF | bit::DF | bit::NT | bit::RF | bit::AC | bit::ID;
-        if self.cpl <= self.flags.iopl() {
-            mask |= bit::IF;
-        }
-        if self.cpl == 0 {
-            mask |= bit::IOPL | bit::VIF | bit::VIP;
-        }
-        if size == 2 { mask & 0xffff } else { mask }
-    }
-
-    /// IRET (SDM Vol. 2; Vol. 3 §6.12.1 "returning from").
-    fn interrupt_return(&mut self, op: &Op) -> Flow {
-        let size = op.osize;
-        let step = u64::from(size);
-        if self.real_or_v86() {
-            return self.interrupt_return_real(size);
-        }
-        if self.flags.has(bit::NT) {
-            return if self.long_mode() { Err(self.gp(0)) } else { self.return_from_task(op) };
-        }
-        let ip = self.peek(0, size)?;
-        let selector = self.peek(step, size)? as u16;
-        let flags = self.peek(2 * step, size)?;
-        if !self.long_mode() && flags & bit::VM != 0 && self.cpl == 0 && size == 4 {
-            return self.return_to_v86(ip, selector, flags);
-        }
-        let cs = self.return_code_segment(selector)?;
-        let rpl = (selector & 3) as u8;
-        self.check_far_target(&cs, ip)?;
-        let mask = self.iret_mask(size);
-        // From 64-bit mode SS:RSP is always popped.
-        if rpl == self.cpl && !self.mode64 {
-            self.drop_stack(3 * step);
-            self.nmi_blocked = false;
-            self.load_code(cs, ip);
-            self.set_flags_masked(flags, mask);
-            return Ok(());
-        }
-        let sp = self.peek(3 * step, size)?;
-        let ss_selector = self.peek(4 * step, size)? as u16;
-        let ss = self.return_stack_segment(ss_selector, rpl, cs.long() && self.long_mode())?;
-        let outer = rpl != self.cpl;
-        self.segments[seg::CS] = cs;
-        self.segments[seg::SS] = ss;
-        self.cpl = rpl;
-        self.nmi_blocked = false;
-        self.mode_changed();
-        self.set_stack(sp);
-        self.set_ip(ip);
-        self.set_flags_masked(flags, mask);
-        if outer {
-            self.drop_privileged_segments();
-            self.mode_changed();
-        }
-        Ok(())
-    }
-
-    fn interrupt_return_real(&mut self, size: u8) -> Flow {
-        let step = u64::from(size);
-        if self.v86() && self.flags.iopl() < 3 {
-            return Err(self.gp(0));
-        }
-        let ip = self.peek(0, size)?;
-        let selector = self.peek(step, size)? as u16;
-        let flags = self.peek(2 * step, size)?;
-        if ip > u64::from(self.segments[seg::CS].limit) {
-            return Err(self.gp(0));
-        }
-        let mut mask = bit::ARITHMETIC | bit::TF | bit::DF | bit::NT | bit::IF | bit::RF | bit::AC | bit::ID;
-        if !self.v86() {
-            mask |= bit::IOPL;
-        }
-        if size == 2 {
-            mask &= 0xffff;
-        }
-        self.drop_stack(3 * step);
-        self.nmi_blocked = false;
-        self.jump_real(selector, ip)?;
-        self.set_flags_masked(flags, mask);
-        Ok(())
-    }
-
-    fn return_to_v86(&mut self, ip: u64, selector: u16, flags: u64) -> Flow {
-        let mut words = [0; 6];
-        for (i, word) in words.iter_mut().enumerate() {
-            *word = self.peek(12 + 4 * i as u64, 4)?;
-        }
-        let [sp, ss, es, ds, fs, gs] = words;
-        if ip > 0xffff {
-            return Err(self.gp(0));
-        }
-        self.flags.set_all(flags);
-        self.cpl = 3;
-        let all = [
-            (seg::CS, u64::from(selector)),
-            (seg::SS, ss),
-            (seg::ES, es),
-            (seg::DS, ds),
-            (seg::FS, fs),
-            (seg::GS, gs),
-        ];
-        for (index, selector) in all {
-            let selector = selector as u16;
-            self.segments[index] =
-                Segment { selector, base: u64::from(selector) << 4, limit: 0xffff, attributes: 0xf3 };
-        }
-        self.nmi_blocked = false;
-        self.regs[RSP] = sp & 0xffff_ffff;
-        self.mode_changed();
-        self.set_ip(ip);
-        Ok(())
-    }
 }
 
 /// JMP and CALL with an immediate far pointer: `imm` is the offset, `disp` the selector.
@@ -469,7 +356,7 @@ fn call_pointer(core: &mut Core, op: &Op) -> Flow {
 }
 
 /// Reads a far pointer from memory: offset of `osize` bytes, then the selector.
-fn far_pointer(core: &mut Core, op: &Op) -> Result<(u16, u64), Stop> {
+pub(super) fn far_pointer(core: &mut Core, op: &Op) -> Result<(u16, u64), Stop> {
     let size = u64::from(op.osize);
     let lin = read_address(core, op, size + 2)?;
     let mut bytes = [0; 10];
@@ -492,221 +379,6 @@ fn call_memory(core: &mut Core, op: &Op) -> Flow {
 fn retf(core: &mut Core, op: &Op) -> Flow {
     core.far_return(op.osize, op.imm)
 }
-
-fn iret(core: &mut Core, op: &Op) -> Flow {
-    core.interrupt_return(op)
-}
-
-/// INT n, INT3, INTO, INT1: the event is delivered by the engine with RIP still at the instruction, so that a fault on
-/// the way points at it.
-fn software_interrupt(core: &mut Core, op: &Op) -> Flow {
-    let vector = op.imm as u8;
-    let len = (op.next - op.off) as u8;
-    if op.aux == 4 && !core.flags.condition::<0>() {
-        core.set_ip(op.next_ip(core.ip()));
-        return Ok(());
-    }
-    if op.aux == 0 && core.v86() && core.flags.iopl() < 3 {
-        return Err(core.gp(0));
-    }
-    let kind = if op.aux == 1 { EventKind::PrivilegedSoftware { len } } else { EventKind::Software { len } };
-    core.event = Some(Event { vector, code: None, kind });
-    core.attention.insert(crate::core::Attention::EVENT);
-    let at = core.ip().wrapping_add(u64::from(op.off));
-    core.set_ip(at);
-    Ok(())
-}
-
-fn syscall(core: &mut Core, op: &Op) -> Flow {
-    if core.paging.efer & 1 == 0 || !core.protected() || !core.mode64 && !core.model.syscall_in_legacy() {
-        return Err(core.ud());
-    }
-    let next = op.next_ip(core.ip()) & core.ip_mask;
-    let star = core.msrs.star;
-    let selector = (star >> 32) as u16 & !3;
-    let flags = core.flags.all() & !bit::RF;
-    let target = if core.long_mode() {
-        core.regs[11] = flags;
-        core.regs[1] = next;
-        let target = if core.mode64 { core.msrs.lstar } else { core.msrs.cstar };
-        core.flags.set_all(flags & !core.msrs.sfmask);
-        target
-    } else {
-        core.regs[1] = next;
-        core.flags.set_all(flags & !(bit::IF | bit::VM));
-        star & 0xffff_ffff
-    };
-    let long = core.long_mode();
-    core.segments[seg::CS] = flat_code(selector, 0, long);
-    core.segments[seg::SS] = flat_data(selector.wrapping_add(8), 0);
-    core.cpl = 0;
-    core.mode_changed();
-    core.set_ip(target);
-    Ok(())
-}
-
-fn sysret(core: &mut Core, op: &Op) -> Flow {
-    if core.paging.efer & 1 == 0 || !core.mode64 && core.long_mode() {
-        return Err(core.ud());
-    }
-    if core.cpl != 0 || !core.protected() {
-        return Err(core.gp(0));
-    }
-    let to64 = op.osize == 8;
-    let target = core.regs[1];
-    if to64 && !core.canonical(target) {
-        return Err(core.gp(0));
-    }
-    let base = (core.msrs.star >> 48) as u16;
-    let selector = if to64 { base.wrapping_add(16) } else { base } | 3;
-    if core.long_mode() {
-        let flags = core.regs[11] & bit::ALL & !(bit::RF | bit::VM);
-        core.flags.set_all(flags);
-    } else {
-        core.flags.insert(bit::IF);
-    }
-    core.segments[seg::CS] = flat_code(selector, 3, to64);
-    core.segments[seg::SS] = flat_data(base.wrapping_add(8) | 3, 3);
-    core.cpl = 3;
-    core.mode_changed();
-    core.set_ip(if to64 { target } else { target & u32::MASK });
-    Ok(())
-}
-
-fn sysenter(core: &mut Core, _op: &Op) -> Flow {
-    // AMD's processors have no SYSENTER in long mode (APM Vol. 3, SYSENTER).
-    if core.model.is_amd() && core.long_mode() {
-        return Err(core.ud());
-    }
-    let selector = core.msrs.sysenter_cs as u16 & !3;
-    if !core.protected() || selector == 0 {
-        return Err(core.gp(0));
-    }
-    let long = core.long_mode();
-    core.flags.remove(bit::VM | bit::IF | bit::RF);
-    core.segments[seg::CS] = flat_code(selector, 0, long);
-    core.segments[seg::SS] = flat_data(selector.wrapping_add(8), 0);
-    core.cpl = 0;
-    core.mode_changed();
-    let (ip, sp) = (core.msrs.sysenter_eip, core.msrs.sysenter_esp);
-    core.regs[RSP] = if long { sp } else { sp & u32::MASK };
-    core.set_ip(ip);
-    Ok(())
-}
-
-fn sysexit(core: &mut Core, op: &Op) -> Flow {
-    if core.model.is_amd() && core.long_mode() {
-        return Err(core.ud());
-    }
-    let selector = core.msrs.sysenter_cs as u16;
-    if !core.protected() || selector & !3 == 0 || core.cpl != 0 {
-        return Err(core.gp(0));
-    }
-    let to64 = op.osize == 8;
-    let (ip, sp) = (core.regs[2], core.regs[1]);
-    if to64 && !(core.canonical(ip) && core.canonical(sp)) {
-        return Err(core.gp(0));
-    }
-    let offset = if to64 { 32 } else { 16 };
-    core.segments[seg::CS] = flat_code(selector.wrapping_add(offset) | 3, 3, to64);
-    core.segments[seg::SS] = flat_data(selector.wrapping_add(offset + 8) | 3, 3);
-    core.cpl = 3;
-    core.mode_changed();
-    core.regs[RSP] = if to64 { sp } else { sp & u32::MASK };
-    core.set_ip(if to64 { ip } else { ip & u32::MASK });
-    Ok(())
-}
-
-fn flat_code(selector: u16, dpl: u16, long: bool) -> Segment {
-    let mode = if long { 1 << 13 } else { 1 << 14 };
-    Segment { selector, base: 0, limit: u32::MAX, attributes: 1 << 15 | mode | 0x9b | dpl << 5 }
-}
-
-fn flat_data(selector: u16, dpl: u16) -> Segment {
-    Segment { selector, base: 0, limit: u32::MAX, attributes: 0xc093 | dpl << 5 }
-}
-
-/// MOV to a segment register, from a register or memory.
-fn mov_to_segment(core: &mut Core, op: &Op) -> Flow {
-    let selector = core.regs[usize::from(op.src) % 32] as u16;
-    load_data_segment(core, op, selector)
-}
-
-fn mov_to_segment_mem(core: &mut Core, op: &Op) -> Flow {
-    let lin = read_address(core, op, 2)?;
-    let selector = core.load::<u16>(lin, op.seg)? as u16;
-    load_data_segment(core, op, selector)
-}
-
-fn load_data_segment(core: &mut Core, op: &Op, selector: u16) -> Flow {
-    core.load_segment(usize::from(op.dst), selector)?;
-    if usize::from(op.dst) == seg::SS {
-        core.hold_interrupts();
-    }
-    Ok(())
-}
-
-fn pop_segment(core: &mut Core, op: &Op) -> Flow {
-    let selector = core.peek(0, op.osize)? as u16;
-    core.load_segment(usize::from(op.dst), selector)?;
-    core.drop_stack(u64::from(op.osize));
-    if usize::from(op.dst) == seg::SS {
-        core.hold_interrupts();
-    }
-    Ok(())
-}
-
-fn mov_from_segment_reg(core: &mut Core, op: &Op) -> Flow {
-    let v = u64::from(core.segments[usize::from(op.src) % 6].selector);
-    match op.osize {
-        2 => u16::set(&mut core.regs, op.dst, 0, v),
-        _ => u64::set(&mut core.regs, op.dst, 0, v),
-    }
-    Ok(())
-}
-
-fn mov_from_segment_mem(core: &mut Core, op: &Op) -> Flow {
-    let lin = super::address::write_address(core, op, 2)?;
-    core.store::<u16>(lin, u64::from(core.segments[usize::from(op.src) % 6].selector), op.seg)
-}
-
-/// LDS, LES, LFS, LGS, LSS: the segment is in `src`.
-fn load_far_pointer(core: &mut Core, op: &Op) -> Flow {
-    let (selector, offset) = far_pointer(core, op)?;
-    core.load_segment(usize::from(op.src) % 6, selector)?;
-    match op.osize {
-        8 => u64::set(&mut core.regs, op.dst, 0, offset),
-        4 => u32::set(&mut core.regs, op.dst, 0, offset),
-        _ => u16::set(&mut core.regs, op.dst, 0, offset),
-    }
-    Ok(())
-}
-
-fn select_segment_move(insn: &Instruction, op: &mut Op) -> Option<Handler> {
-    let (to, from) = (insn.op0_kind(), insn.op1_kind());
-    if to == OpKind::Register && insn.op0_register().is_segment_register() {
-        op.dst = segment_index(insn.op0_register());
-        if usize::from(op.dst) == seg::CS {
-            return None;
-        }
-        if from == OpKind::Register {
-            op.src = crate::decode::gpr(insn.op1_register()).0;
-            return Some(mov_to_segment);
-        }
-        return Some(mov_to_segment_mem);
-    }
-    if from == OpKind::Register && insn.op1_register().is_segment_register() {
-        op.src = segment_index(insn.op1_register());
-        if to == OpKind::Register {
-            op.dst = crate::decode::gpr(insn.op0_register()).0;
-            op.osize = insn.op0_register().size() as u8;
-            return Some(mov_from_segment_reg);
-        }
-        return Some(mov_from_segment_mem);
-    }
-    None
-}
-
 fn select_far_branch(insn: &Instruction, op: &mut Op) -> Option<Handler> {
     let call = insn.mnemonic() == Mnemonic::Call;
     match insn.op0_kind() {
@@ -727,31 +399,9 @@ fn select_far_branch(insn: &Instruction, op: &mut Op) -> Option<Handler> {
 
 /// See [`super::select`].
 pub fn select(insn: &Instruction, op: &mut Op, _mode: CodeMode) -> Option<Selected> {
-    use Mnemonic as M;
     let run: Handler = match insn.mnemonic() {
-        M::Mov => {
-            let run = select_segment_move(insn, op)?;
-            return Some(Selected::ending(run));
-        }
-        M::Pop if insn.op0_register().is_segment_register() => {
-            op.dst = segment_index(insn.op0_register());
-            op.osize = insn.stack_pointer_increment().unsigned_abs() as u8;
-            return Some(Selected::ending(pop_segment));
-        }
-        M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss => {
-            op.src = (match insn.mnemonic() {
-                M::Lds => seg::DS,
-                M::Les => seg::ES,
-                M::Lfs => seg::FS,
-                M::Lgs => seg::GS,
-                _ => seg::SS,
-            }) as u8;
-            op.dst = crate::decode::gpr(insn.op0_register()).0;
-            op.osize = insn.op0_register().size() as u8;
-            return Some(Selected::ending(load_far_pointer));
-        }
-        M::Jmp | M::Call => select_far_branch(insn, op)?,
-        M::Retf => {
+        Mnemonic::Jmp | Mnemonic::Call => select_far_branch(insn, op)?,
+        Mnemonic::Retf => {
             op.imm = if insn.op_count() == 1 { insn.immediate(0) } else { 0 };
             op.osize = match insn.code() {
                 Code::Retfw | Code::Retfw_imm16 => 2,
@@ -759,37 +409,6 @@ pub fn select(insn: &Instruction, op: &mut Op, _mode: CodeMode) -> Option<Select
                 _ => 8,
             };
             retf
-        }
-        M::Iret => {
-            op.osize = 2;
-            iret
-        }
-        M::Iretd => {
-            op.osize = 4;
-            iret
-        }
-        M::Iretq => {
-            op.osize = 8;
-            iret
-        }
-        M::Int | M::Int3 | M::Into | M::Int1 => {
-            (op.imm, op.aux) = match insn.mnemonic() {
-                M::Int3 => (3, 3),
-                M::Into => (4, 4),
-                M::Int1 => (1, 1),
-                _ => (u64::from(insn.immediate8()), 0),
-            };
-            software_interrupt
-        }
-        M::Syscall => syscall,
-        M::Sysret | M::Sysretq => {
-            op.osize = if insn.code() == Code::Sysretq { 8 } else { 4 };
-            sysret
-        }
-        M::Sysenter => sysenter,
-        M::Sysexit | M::Sysexitq => {
-            op.osize = if insn.code() == Code::Sysexitq { 8 } else { 4 };
-            sysexit
         }
         _ => return None,
     };

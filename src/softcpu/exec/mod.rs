@@ -8,12 +8,17 @@ pub mod alu;
 pub mod bcd;
 pub mod bits;
 pub mod branch;
+pub mod control_moves;
 pub mod data;
 pub mod exchange;
 pub mod far;
+pub mod fast_calls;
 pub mod flag_ops;
+pub mod interrupts;
 pub mod io;
 pub mod muldiv;
+pub mod segment_moves;
+pub mod selectors;
 pub mod shift;
 pub mod stack;
 pub mod string;
@@ -22,7 +27,7 @@ pub mod system;
 use crate::core::Core;
 use crate::decode::{CodeMode, gpr};
 use crate::op::{Flow, Handler, Op};
-use iced_x86::{Instruction, OpKind};
+use iced_x86::{Code, Instruction, OpKind};
 
 /// A handler and how the block goes on after it.
 #[derive(Clone, Copy)]
@@ -68,6 +73,8 @@ impl Selected {
 
 /// Chooses the handler of an instruction and completes its operands.
 pub fn select(insn: &Instruction, op: &mut Op, mode: CodeMode, core: &mut Core) -> Selected {
+    let plain = without_prefix(insn, core);
+    let insn = plain.as_ref().unwrap_or(insn);
     if !core.model.has(insn) {
         return Selected::ending(undefined);
     }
@@ -84,9 +91,33 @@ pub fn select(insn: &Instruction, op: &mut Op, mode: CodeMode, core: &mut Core) 
         .or_else(|| bcd::select(insn, op))
         .or_else(|| io::select(insn, op))
         .or_else(|| far::select(insn, op, mode))
+        .or_else(|| segment_moves::select(insn, op))
+        .or_else(|| interrupts::select(insn, op))
+        .or_else(|| fast_calls::select(insn, op))
+        .or_else(|| control_moves::select(insn, op))
+        .or_else(|| selectors::select(insn, op))
         .or_else(|| system::select(insn, op, mode))
         .or_else(|| crate::vector::select(insn, op, core))
         .unwrap_or(Selected::ending(undefined))
+}
+
+/// On a CPU without BMI1 or LZCNT the prefix of TZCNT and LZCNT is ignored: they are BSF and BSR.
+fn without_prefix(insn: &Instruction, core: &Core) -> Option<Instruction> {
+    let code = match insn.code() {
+        Code::Tzcnt_r16_rm16 => Code::Bsf_r16_rm16,
+        Code::Tzcnt_r32_rm32 => Code::Bsf_r32_rm32,
+        Code::Tzcnt_r64_rm64 => Code::Bsf_r64_rm64,
+        Code::Lzcnt_r16_rm16 => Code::Bsr_r16_rm16,
+        Code::Lzcnt_r32_rm32 => Code::Bsr_r32_rm32,
+        Code::Lzcnt_r64_rm64 => Code::Bsr_r64_rm64,
+        _ => return None,
+    };
+    if core.model.has(insn) {
+        return None;
+    }
+    let mut plain = *insn;
+    plain.set_code(code);
+    Some(plain)
 }
 
 /// #UD.
