@@ -170,12 +170,17 @@ fn both_backends_give_every_guest_the_same_course() {
 #[test]
 fn shadow_paging_costs_exits_that_nested_paging_does_not() {
     let [shadow, ept] = MmuKind::ALL.map(|mmu| run(config(guest("forkwait"), mmu)).report.counts);
-    for counter in [Counter::ExitCr3Load, Counter::ExitInvlpg, Counter::ExitPageFault, Counter::FaultsTableWrite] {
+    for counter in
+        [Counter::ExitCr3Load, Counter::ExitInvlpg, Counter::ExitPageFault, Counter::FaultsTableWrite]
+    {
         assert!(shadow.get(counter) > 100, "{}", counter.phrase());
         assert_eq!(ept.get(counter), 0, "{}", counter.phrase());
     }
     assert_eq!(shadow.get(Counter::ExitEptViolation), 0);
-    assert!(ept.get(Counter::WalkReferences) > shadow.get(Counter::WalkReferences), "two dimensions cost more walks");
+    assert!(
+        ept.get(Counter::WalkReferences) > shadow.get(Counter::WalkReferences),
+        "two dimensions cost more walks"
+    );
 }
 
 #[test]

@@ -87,7 +87,8 @@ fn images_that_are_none_are_refused_with_a_reason() {
     ];
     for (name, image) in images {
         let config = MachineConfig::new(name, image);
-        let error = Machine::new(config, Wiring::default()).err().unwrap_or_else(|| panic!("{name} was loaded"));
+        let error =
+            Machine::new(config, Wiring::default()).err().unwrap_or_else(|| panic!("{name} was loaded"));
         assert!(matches!(error, Error::Boot(_)), "{name}: {error}");
         let sentence = error.to_string();
         assert!(sentence.starts_with("loading the guest failed: ") && sentence.len() > 40, "{sentence}");
@@ -98,15 +99,14 @@ fn images_that_are_none_are_refused_with_a_reason() {
 fn absurd_sizes_are_refused() {
     for memory in [0, 1, 4095, 1 << 20, (64 << 20) + 1, 1 << 46, u64::MAX, u64::MAX - 4095] {
         let config = MachineConfig { memory, ..config(guest("hello"), MmuKind::Ept) };
-        let error = Machine::new(config, Wiring::default()).err().unwrap_or_else(|| panic!("{memory} was taken"));
+        let error =
+            Machine::new(config, Wiring::default()).err().unwrap_or_else(|| panic!("{memory} was taken"));
         assert!(matches!(error, Error::Option(_)), "{memory}: {error}");
     }
     let long = MachineConfig { cmdline: "x".repeat(1 << 20), ..config(guest("hello"), MmuKind::Ept) };
     assert!(matches!(Machine::new(long, Wiring::default()), Err(Error::Boot(_))));
-    let initramfs = MachineConfig {
-        initramfs: Some(vec![1; 70 << 20].into()),
-        ..config(guest("hello"), MmuKind::Ept)
-    };
+    let initramfs =
+        MachineConfig { initramfs: Some(vec![1; 70 << 20].into()), ..config(guest("hello"), MmuKind::Ept) };
     assert!(matches!(Machine::new(initramfs, Wiring::default()), Err(Error::Boot(_))));
 }
 
