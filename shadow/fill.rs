@@ -21,8 +21,8 @@ use crate::spte;
 use guestmem::{Backing, Gfn, Gpa, Gva, Hfn, PageSize, Policy, Slot};
 use mmu::walk::{GuestTables, denial, walk_guest};
 use mmu::{
-    Access, AuditError, Counter, CpuId, Fault, MmuError, PagingState, PfCode, Resolution, Rights, TlbFlush,
-    Walk,
+    Access, AuditError, Counter, CpuId, Fault, MmuError, PagingMode, PagingState, PfCode, Resolution, Rights,
+    TlbFlush, Walk,
 };
 
 /// The pages that a fill goes through, root first.
@@ -138,7 +138,8 @@ impl ShadowMmu {
         let references = tables.references;
         self.counters.add(Counter::ShadowGuestReferences, references);
         let walked = walked.map_err(|source| MmuError::Memory { gva, source })?;
-        self.flags_were_set(&walked.walk, access.is_write());
+        let entry_bytes = if state.mode() == PagingMode::Bits32 { 4 } else { 8 };
+        self.flags_were_set(&walked.walk, access.is_write(), entry_bytes);
         let translation = match walked.result {
             Ok(translation) => translation,
             Err(fault) => return Ok(Resolution::GuestFault(fault)),

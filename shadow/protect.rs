@@ -343,7 +343,7 @@ impl ShadowMmu {
     /// Counts the accessed and dirty flags that a walk has set in guest tables. Setting one only ever adds rights, so
     /// shadow entries need not follow; but where a frame is a table of 4-byte and of 8-byte entries at once, a flag of
     /// the one kind may be an address bit of the other.
-    pub(crate) fn flags_were_set(&mut self, walk: &Walk, write: bool) {
+    pub(crate) fn flags_were_set(&mut self, walk: &Walk, write: bool, entry_bytes: u64) {
         let steps = walk.steps().len();
         for (i, step) in walk.steps().iter().enumerate() {
             let leaf = i + 1 == steps;
@@ -359,15 +359,15 @@ impl ShadowMmu {
                 self.counters.count(Counter::ShadowDirtySet);
             }
             if accessed || dirty {
-                self.flag_was_set(Gpa(step.address));
+                self.flag_was_set(Gpa(step.address), entry_bytes);
             }
         }
     }
 
-    fn flag_was_set(&mut self, gpa: Gpa) {
+    fn flag_was_set(&mut self, gpa: Gpa, entry_bytes: u64) {
         let Some(tracked) = self.tracker.get(gpa.frame()) else { return };
-        let bytes = self.pages[tracked.first].role.entry_bytes();
-        if self.pages.same_frame(tracked.first).all(|id| self.pages[id].role.entry_bytes() == bytes) {
+        let same_size = |id| self.pages[id].role.entry_bytes() == entry_bytes;
+        if self.pages.same_frame(tracked.first).all(same_size) {
             return;
         }
         // Rare beyond reason, so in the plainest way: as a write of the byte that holds both flags.

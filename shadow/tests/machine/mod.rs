@@ -31,12 +31,18 @@ pub enum Outcome {
     Fault(PageFault),
 }
 
+/// One translation, of a page of any size.
 #[derive(Clone, Copy, Debug)]
 struct TlbEntry {
-    page: u64,
+    base: u64,
     pcid: u16,
     translation: Translation,
-    hpa: Hpa,
+}
+
+impl TlbEntry {
+    fn holds(&self, gva: Gva) -> bool {
+        gva.0 & !self.translation.size.offset_mask() == self.base
+    }
 }
 
 /// One CPU: its paging state and its TLB.
@@ -152,12 +158,14 @@ impl Machine {
         for cpu in &mut self.cpus {
             cpu.tlb.retain(|e| {
                 let global = e.translation.global;
-                let hit = |gva: Gva| e.page == gva.page_number();
+                let hit = |gva: Gva| e.holds(gva);
+                let frames = e.translation.size.frames();
+                let frame = e.translation.base / 4096;
                 !match flush {
                     TlbFlush::None => false,
                     TlbFlush::Page(gva) => hit(gva) && (global || e.pcid == pcid),
                     TlbFlush::PageOf(p, gva) => hit(gva) && !global && e.pcid == p,
-                    TlbFlush::Frame(f) => e.hpa.frame() == f,
+                    TlbFlush::Frame(f) => (frame..frame + frames).contains(&f.0),
                     TlbFlush::Pcid(p) => !global && e.pcid == p,
                     TlbFlush::NonGlobal => !global,
                     TlbFlush::All => true,
@@ -177,12 +185,13 @@ impl Machine {
         let (root, format, controls) = self.translation(cpu);
         let pcid = self.cpus[cpu].state.pcid();
         let entries = &mut self.cpus[cpu].tlb;
-        if let Some(i) = entries.iter().position(|e| {
-            e.page == gva.page_number() && (e.pcid == pcid || e.translation.global && controls.global)
-        }) {
+        if let Some(i) = entries
+            .iter()
+            .position(|e| e.holds(gva) && (e.pcid == pcid || e.translation.global && controls.global))
+        {
             let e = entries[i];
             if denial(e.translation.rights, e.translation.pkey, access, &controls).is_none() {
-                return Ok(e.hpa.wrapping_add(gva.page_offset()));
+                return Ok(Hpa(e.translation.physical(gva.0)));
             }
             entries.remove(i);
         }
@@ -197,8 +206,8 @@ impl Machine {
         assert!(self.memory.host().contains(hpa, 1), "the shadow leads outside memory: {hpa}");
         assert!(!self.memory.is_table_frame(hpa.frame()), "the shadow maps a table of the engine's");
         if self.tlb {
-            let entry = TlbEntry { page: gva.page_number(), pcid, translation, hpa: hpa.page_base() };
-            self.cpus[cpu].tlb.push(entry);
+            let base = gva.0 & !translation.size.offset_mask();
+            self.cpus[cpu].tlb.push(TlbEntry { base, pcid, translation });
         }
         Ok(hpa)
     }
