@@ -5,18 +5,18 @@
 //! faults; a guest table that is shadowed is write protected, so that no change of it goes unseen. The README tells the
 //! story of one fault, one table write and one CR3 load. In the order of an access's path:
 //!
-//! 1. [`fill`]: a fault comes in; the guest's tables are walked, and the shadow is made to say what they say;
-//! 2. [`role`]: what a shadow page's content depends on, and what an entry of it has to say;
-//! 3. [`spte`]: one shadow entry;
-//! 4. [`pages`]: the cache of shadow pages; [`entries`]: putting entries in and taking them out;
-//! 5. [`rmap`]: from a guest frame to the entries that map it;
-//! 6. [`protect`]: write protection of guest tables, and what follows when one is written;
-//! 7. [`mmio`]: device pages;
-//! 8. [`cr3`]: roots, and the flushes that changes of control registers ask for; [`splinter`]: those of INVLPG;
-//! 9. [`reclaim`]: what goes when the pool is full;
-//! 10. [`dirty`]: changes made by the host, and the dirty log;
-//! 11. [`audit`]: every invariant, checked;
-//! 12. [`options`]: the switches.
+//! 1. `fill`: a fault comes in; the guest's tables are walked, and the shadow is made to say what they say;
+//! 2. `role`: what a shadow page's content depends on, and what an entry of it has to say;
+//! 3. `spte`: one shadow entry;
+//! 4. `pages`: the cache of shadow pages; `entries`: putting entries in and taking them out;
+//! 5. `rmap`: from a guest frame to the entries that map it;
+//! 6. `protect`: write protection of guest tables, and what follows when one is written;
+//! 7. `mmio`: device pages;
+//! 8. `cr3`: roots, and the flushes that changes of control registers ask for; `splinter`: those of INVLPG;
+//! 9. `reclaim`: what goes when the pool is full;
+//! 10. `dirty`: changes made by the host, and the dirty log;
+//! 11. `audit`: every invariant, checked;
+//! 12. `options`: the switches.
 //!
 //! Assumed of the guest-physical map: no two guest frames share a host frame. Otherwise a table could be written through
 //! the other name of its frame, and write protection would not see it.
@@ -51,7 +51,7 @@ use rmap::Rmap;
 use splinter::Splinters;
 use std::sync::Arc;
 
-/// The shadow backend. What belongs to the VM is here; what belongs to one CPU is in its [`cr3::Cpu`].
+/// The shadow backend. What belongs to the VM is here; what belongs to one CPU is in its `cr3::Cpu`.
 #[derive(Debug)]
 pub struct ShadowMmu {
     memory: Arc<GuestMemory>,

@@ -35,7 +35,7 @@ fn entries_are_found_by_frame_after_a_directory_changed() {
     let mut m = running(Policy::Linear, Options::default());
     m.entry(0x12000, 1, 0x20_0000 | RW | PS);
     for page in [0, 5, 9] {
-        m.entry(0x13000, page, 0x20_0000 + page * 0x1000 | RW);
+        m.entry(0x13000, page, (0x20_0000 + page * 0x1000) | RW);
         m.access(Gva(page * 0x1000), write(User));
     }
     m.access(Gva(0x20_1000), write(User));
@@ -78,10 +78,10 @@ fn reclaim_spares_the_root_and_the_path() {
         m.entry(0x10000, top, 0x11000 | RW);
         m.entry(0x11000, top, 0x12000 | RW);
         m.entry(0x12000, top, 0x13000 | RW);
-        m.entry(0x13000, top, 0x20_0000 + top * 0x1000 | RW);
+        m.entry(0x13000, top, (0x20_0000 + top * 0x1000) | RW);
     }
     for i in 0..400u64 {
-        let pick = |shift: u64| (i * 2_654_435_761 >> shift) & 7;
+        let pick = |shift: u64| ((i * 2_654_435_761) >> shift) & 7;
         let gva = pick(3) << 39 | pick(7) << 30 | pick(11) << 21 | pick(15) << 12;
         assert_eq!(m.access(Gva(gva), write(User)), Outcome::Memory(Gpa(0x20_0000 + pick(15) * 0x1000)));
         assert!(m.mmu.shadow_pages() <= 8);
@@ -572,7 +572,7 @@ fn a_recursive_mapping_is_written_through_itself() {
     m.entry(0x13000, 3, 0x20_3000 | RW);
     assert_eq!(m.access(Gva(0x3000), write(User)), Outcome::Memory(Gpa(0x20_3000)));
     let slot = |a: u64, b: u64, c: u64, d: u64, i: u64| {
-        Gva(((a << 39 | b << 30 | c << 21 | d << 12 | i * 8) << 16) as i64 as u64 >> 16 | 0xffff << 48)
+        Gva(((a << 39 | b << 30 | c << 21 | d << 12 | (i * 8)) << 16) as i64 as u64 >> 16 | 0xffff << 48)
     };
     // The level-1 table through the recursive slot, then the others.
     m.access_on(0, slot(510, 0, 0, 0, 3), write(User), &(0x20_4000 | RW).to_le_bytes());
@@ -612,7 +612,7 @@ fn tables_outside_memory_are_walked() {
 #[test]
 fn tables_in_read_only_memory_lose_their_flags() {
     let mut m = running(Policy::Demand, Options::default());
-    let table = (0..512).flat_map(|i| (0x20_0000 + i * 0x1000 | RW).to_le_bytes()).collect::<Vec<u8>>();
+    let table = (0..512).flat_map(|i| ((0x20_0000 + i * 0x1000) | RW).to_le_bytes()).collect::<Vec<u8>>();
     m.dma(Gpa(ROM_BASE), &table);
     m.entry(0x12000, 1, ROM_BASE | RW);
     m.entry(0x12000, 2, ROM_BASE | RW | PS);
