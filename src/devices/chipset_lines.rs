@@ -10,6 +10,7 @@ const IRQ_TIMER: u8 = 0;
 const IRQ_KEYBOARD: u8 = 1;
 const IRQ_SERIAL: u8 = 4;
 const IRQ_RTC: u8 = 8;
+const IRQ_MOUSE: u8 = 12;
 
 /// The I/O APIC's pin for the 8259A's INT.
 const PIN_PIC: u8 = 0;
@@ -75,9 +76,10 @@ impl Chipset {
         self.drive(IRQ_TIMER, line.level);
     }
 
-    /// IRQ 1 falls with each byte read, so that the next byte makes a new edge.
-    pub(crate) fn drop_keyboard_line(&mut self) {
+    /// IRQ 1 and 12 fall with each byte read, so that the next byte makes a new edge.
+    pub(crate) fn drop_keyboard_lines(&mut self) {
         self.drive(IRQ_KEYBOARD, false);
+        self.drive(IRQ_MOUSE, false);
     }
 
     /// Nobody would notice another edge of the 8254: one already waits in the 8259A, which is masked, and so is
@@ -116,6 +118,7 @@ impl Chipset {
             (IRQ_KEYBOARD, state.keyboard.interrupt()),
             (IRQ_SERIAL, state.uart.interrupt()),
             (IRQ_RTC, state.rtc.interrupt()),
+            (IRQ_MOUSE, state.keyboard.mouse_interrupt()),
             (SCI_IRQ, state.pm.interrupt()),
         ];
         for (irq, level) in levels {

@@ -124,7 +124,7 @@ impl Chipset {
             Device::Keyboard if port == 0x64 => state.keyboard.read_status(),
             Device::Keyboard => {
                 let byte = state.keyboard.read_data();
-                self.drop_keyboard_line();
+                self.drop_keyboard_lines();
                 byte
             }
             Device::SystemPorts => match port {

@@ -29,6 +29,8 @@ pub mod pic;
 mod pic_chip;
 pub mod pit;
 mod pit_channel;
+mod ps2_keyboard;
+mod ps2_mouse;
 pub mod rtc;
 mod rtc_calendar;
 pub mod system_ports;

@@ -151,6 +151,8 @@ fn twelve_hours_binary_and_memory() {
     assert_eq!(get(&mut rtc, CENTURY, 0), 20);
     put(&mut rtc, 0xff, 0xa5, 0);
     assert_eq!(get(&mut rtc, 0x7f, 0), 0xa5, "bit 7 of the index is the NMI mask");
+    put(&mut rtc, STATUS_B, B_BINARY | B_PERIODIC | B_ALARM | B_UPDATE, 0);
     rtc.reset();
+    assert_eq!((get(&mut rtc, STATUS_B, 0), rtc.due()), (B_BINARY, None), "a reset turns the interrupts off");
     assert_eq!(get(&mut rtc, 0x7f, 0), 0xa5);
 }

@@ -329,3 +329,24 @@ fn every_keyboard_byte_is_an_edge() {
     }
     assert!(!board.interrupt_pending());
 }
+
+/// Linux `i8042_setup_aux` takes the auxiliary port for absent unless this interrupt comes.
+#[test]
+fn a_mouse_byte_comes_as_irq_12() {
+    let mut board = board();
+    program_pic(&mut board, 1 << 12);
+    out(&mut board, 0x64, 0x60, 0);
+    out(&mut board, 0x60, 0x47, 0);
+    for expected in [0xfa, 0xaa, 0x00] {
+        if expected == 0xfa {
+            out(&mut board, 0x64, 0xd4, 0);
+            out(&mut board, 0x60, 0xff, 0);
+        }
+        assert_eq!(board.acknowledge_interrupt(), Some(0x3c));
+        assert_eq!(inb(&mut board, 0x64, 0) & 0x21, 0x21);
+        assert_eq!(inb(&mut board, 0x60, 0), expected);
+        out(&mut board, 0xa0, 0x20, 0);
+        out(&mut board, 0x20, 0x20, 0);
+    }
+    assert!(!board.interrupt_pending());
+}

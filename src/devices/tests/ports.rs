@@ -80,6 +80,11 @@ fn absent_ports_are_all_ones_at_every_width() {
     assert_eq!(board.pio_read(0xcfe, 2, 0), 0xffff);
     board.pio_write(0xcf8, 4, 0x8000_0000, 0);
     assert_eq!(board.pio_read(0xcf8, 4, 0), 0x8000_0000);
+    // Edge/level registers keep what may be level triggered.
+    board.pio_write(0x4d0, 2, 0xffff, 0);
+    assert_eq!(board.pio_read(0x4d0, 2, 0), 0xdef8);
+    board.pio_write(0x4d1, 1, 0x02, 0);
+    assert_eq!(board.pio_read(0x4d0, 2, 0), 0x02f8);
     // A wide access falls apart into bytes at successive ports.
     board.pio_write(0x3ff, 2, 0x12a5, 0);
     assert_eq!(board.pio_read(0x3ff, 4, 0), 0xffff_ffa5);
