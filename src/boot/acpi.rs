@@ -1,6 +1,6 @@
 //! The ACPI tables: what firmware would have left in the BIOS area for the guest to find.
 //!
-//! RSDP → XSDT → FADT (→ DSDT, FACS) and MADT describe a full PC without PCI: legacy devices, one power
+//! RSDP → XSDT → FADT (→ DSDT, FACS) and MADT describe a full PC without PCI devices: legacy devices, one power
 //! management block, an I/O APIC and local APICs. A guest reads them once, during its start; what they
 //! name (ports, interrupts) is then accessed like any device. Follows the ACPI Specification 6.5,
 //! chapter 5, so that a stock Linux kernel finds nothing to complain about.
@@ -73,7 +73,7 @@ impl Default for AcpiConfig {
             ioapic_id: 0,
             power_button: true,
             keyboard: true,
-            mouse: false,
+            mouse: true,
             vga: false,
         }
     }
