@@ -1,6 +1,6 @@
 //! Decimal arithmetic and BOUND: AAA, AAS, AAM, AAD, DAA, DAS (SDM Vol. 2). None of them exists in 64-bit mode.
 //!
-//! Flags that the manual leaves undefined have the values that processors give them.
+//! Flags that the manual leaves undefined are as AMD's Zen 3 has them: those of the addition or subtraction inside.
 
 use super::address::{checked, offset};
 use super::{Form, Selected, operands};
@@ -23,46 +23,44 @@ fn ah(core: &Core) -> u64 {
     u8::get(&core.regs, RAX, 8)
 }
 
-/// Sets SF, ZF and PF from AL, CF and AF as given, and clears OF.
-fn adjusted_flags(core: &mut Core, cf: bool, af: bool) {
-    let v = al(core);
-    core.flags.logic::<u8>(v);
+/// Replaces CF and AF, and keeps the rest.
+fn set_carries(core: &mut Core, cf: bool, af: bool) {
+    let kept = core.flags.arithmetic() & !(CF | AF);
     let set = if cf { CF } else { 0 } | if af { AF } else { 0 };
-    core.flags.set_arithmetic(core.flags.arithmetic() | set);
+    core.flags.set_arithmetic(kept | set);
+}
+
+/// `a + b` or `a - b`, with its flags.
+fn add_or_subtract<W: Width, const ADD: bool>(core: &mut Core, a: u64, b: u64) -> u64 {
+    let r = if ADD { a.wrapping_add(b) } else { a.wrapping_sub(b) } & W::MASK;
+    if ADD {
+        core.flags.add::<W>(a, b, r)
+    } else {
+        core.flags.sub::<W>(a, b, r)
+    }
+    r
 }
 
 /// AAA (`ADD`) and AAS: adjust AX by 0x106 after the addition or subtraction of two unpacked digits.
 fn adjust_unpacked<const ADD: bool>(core: &mut Core, _: &Op) -> Flow {
     let adjust = al(core) & 0xf > 9 || core.flags.af();
-    if adjust {
-        let ax = u16::get(&core.regs, RAX, 0);
-        let ax = if ADD { ax.wrapping_add(0x106) } else { ax.wrapping_sub(0x106) };
-        u16::set(&mut core.regs, RAX, 0, ax);
-    }
-    let digit = al(core) & 0xf;
-    u8::set(&mut core.regs, RAX, 0, digit);
-    adjusted_flags(core, adjust, adjust);
+    let ax = u16::get(&core.regs, RAX, 0);
+    let r = add_or_subtract::<u16, ADD>(core, ax, if adjust { 0x106 } else { 0 });
+    u16::set(&mut core.regs, RAX, 0, r & 0xff0f);
+    set_carries(core, adjust, adjust);
     Ok(())
 }
 
 /// DAA (`ADD`) and DAS: adjust AL after the addition or subtraction of two pairs of digits.
 fn adjust_packed<const ADD: bool>(core: &mut Core, _: &Op) -> Flow {
     let old = al(core);
-    let by = |v: u64, n: u64| if ADD { v.wrapping_add(n) } else { v.wrapping_sub(n) } & 0xff;
     let low = old & 0xf > 9 || core.flags.af();
     let high = old > 0x99 || core.flags.cf();
-    let mut v = old;
-    let mut cf = high;
-    if low {
-        v = by(v, 6);
-        // DAS also borrows when subtracting 6 does.
-        cf |= !ADD && old < 6;
-    }
-    if high {
-        v = by(v, 0x60);
-    }
+    let by = if low { 6 } else { 0 } + if high { 0x60 } else { 0 };
+    let v = add_or_subtract::<u8, ADD>(core, old, by);
     u8::set(&mut core.regs, RAX, 0, v);
-    adjusted_flags(core, cf, low);
+    // DAS also borrows when subtracting 6 does.
+    set_carries(core, high || !ADD && low && old < 6, low);
     Ok(())
 }
 
@@ -73,14 +71,15 @@ fn aam(core: &mut Core, op: &Op) -> Flow {
         return Err(core.raise(Exception::plain(0)));
     };
     u16::set(&mut core.regs, RAX, 0, tens << 8 | units);
-    adjusted_flags(core, false, false);
+    core.flags.logic::<u8>(units);
     Ok(())
 }
 
 fn aad(core: &mut Core, op: &Op) -> Flow {
-    let v = al(core).wrapping_add(ah(core).wrapping_mul(op.imm & 0xff)) & 0xff;
+    let tens = ah(core).wrapping_mul(op.imm) & 0xff;
+    let v = al(core);
+    let v = add_or_subtract::<u8, true>(core, v, tens);
     u16::set(&mut core.regs, RAX, 0, v);
-    adjusted_flags(core, false, false);
     Ok(())
 }
 

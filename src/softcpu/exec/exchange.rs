@@ -74,8 +74,10 @@ fn cmpxchg_reg<W: Width>(core: &mut Core, op: &Op) -> Flow {
     let old = W::get(&core.regs, op.dst, op.dst_shift);
     let new = W::get(&core.regs, op.src, op.src_shift);
     let (r, equal) = compare::<W>(core, old, new);
-    W::set(&mut core.regs, op.dst, op.dst_shift, r);
-    if !equal {
+    // Only one of the two is written, and so only one is zero-extended: as AMD's processors have it.
+    if equal {
+        W::set(&mut core.regs, op.dst, op.dst_shift, r);
+    } else {
         W::set(&mut core.regs, RAX, 0, old);
     }
     Ok(())

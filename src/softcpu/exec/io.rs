@@ -185,3 +185,7 @@ pub fn select(insn: &Instruction, op: &mut Op) -> Option<Selected> {
     };
     Some(Selected::branch(run).alone())
 }
+
+#[cfg(test)]
+#[path = "io_tests.rs"]
+mod tests;

@@ -1,13 +1,14 @@
 //! MUL, IMUL, DIV, IDIV (SDM Vol. 2).
 //!
-//! A quotient that does not fit, and a divisor of zero, raise #DE before anything is changed.
+//! A quotient that does not fit, and a divisor of zero, raise #DE before anything is changed. Flags that the manual leaves
+//! undefined are as AMD's Zen 3 has them: multiplication keeps them, division sets AF and clears SF, ZF and PF.
 
 use super::address::read_address;
 use super::{Form, Selected, operands};
 use crate::by_width;
 use crate::core::Core;
 use crate::exceptions::Exception;
-use crate::flags::Flags;
+use crate::flags::{Flags, bit};
 use crate::op::{Flow, Handler, Op, Stop};
 use crate::width::Width;
 use iced_x86::{Instruction, Mnemonic};
@@ -34,10 +35,17 @@ fn set_pair<W: Width>(core: &mut Core, high: u64, low: u64) {
     }
 }
 
-/// CF and OF say whether the upper half matters; the other flags are undefined, and kept.
+/// CF and OF say whether the upper half matters.
 #[inline(always)]
 fn product_flags(flags: &mut Flags, overflow: bool) {
     flags.set_cf_of(overflow, overflow);
+}
+
+/// The flags of a division.
+#[inline(always)]
+fn quotient_flags(flags: &mut Flags) {
+    let kept = flags.arithmetic() & (bit::CF | bit::OF);
+    flags.set_arithmetic(kept | bit::AF);
 }
 
 /// An operation on the accumulator pair and one operand.
@@ -99,6 +107,7 @@ impl Accumulator for Div {
             let a = u128::from(high) << 64 | u128::from(low);
             ((a / u128::from(b)) as u64, (a % u128::from(b)) as u64)
         };
+        quotient_flags(&mut core.flags);
         set_pair::<W>(core, remainder, quotient);
         Ok(())
     }
@@ -135,6 +144,7 @@ impl Accumulator for Idiv {
         if i128::from(W::sext(quotient as u64) as i64) != quotient {
             return Err(divide_error(core));
         }
+        quotient_flags(&mut core.flags);
         set_pair::<W>(core, remainder as u64 & W::MASK, quotient as u64 & W::MASK);
         Ok(())
     }

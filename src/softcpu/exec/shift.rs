@@ -2,8 +2,8 @@
 //! "SHLD", "SHRD").
 //!
 //! The count is masked to 5 bits (6 for 64-bit operands); a count of zero leaves every flag alone, but the operand is
-//! written all the same: a 32-bit register is zero-extended and a page that cannot be written faults. Where the manual
-//! leaves a flag undefined the value is what processors compute: OF from the same formula at every count.
+//! written all the same: a 32-bit register is zero-extended and a page that cannot be written faults. What the manual
+//! leaves undefined is as AMD's Zen 3 has it: OF follows the same formula at every count, and shifts set AF.
 
 use super::address::write_address;
 use super::{Form, Selected, operands};
@@ -46,6 +46,13 @@ fn bit(v: u64, index: u32) -> bool {
     v >> index & 1 != 0
 }
 
+/// Records the flags of a shift.
+#[inline(always)]
+fn shifted<W: Width>(flags: &mut Flags, r: u64, cf: bool, of: bool) {
+    flags.set_cf_of(cf, false);
+    flags.inc_dec::<W>(r, of, true);
+}
+
 /// Whether the two top bits differ.
 #[inline(always)]
 fn top_two_differ<W: Width>(v: u64) -> bool {
@@ -56,19 +63,19 @@ shift!(Shl, |f, a, count| {
     // Up to 32 bits the carry is still in the 64-bit value, and is zero once everything has left.
     let cf = if W::BITS == 64 { bit(a, 64 - count) } else { bit(a << count, W::BITS) };
     let r = a << count & W::MASK;
-    f.result_with::<W>(r, cf, cf ^ (r & W::SIGN != 0));
+    shifted::<W>(f, r, cf, cf ^ (r & W::SIGN != 0));
     r
 });
 shift!(Shr, |f, a, count| {
     let r = a >> count;
     // The sign before a shift by one; zero for more.
-    f.result_with::<W>(r, bit(a, count - 1), top_two_differ::<W>(r));
+    shifted::<W>(f, r, bit(a, count - 1), top_two_differ::<W>(r));
     r
 });
 shift!(Sar, |f, a, count| {
     let a = W::sext(a) as i64;
     let r = (a >> count) as u64 & W::MASK;
-    f.result_with::<W>(r, bit((a >> (count - 1)) as u64, 0), false);
+    shifted::<W>(f, r, bit((a >> (count - 1)) as u64, 0), false);
     r
 });
 shift!(Rol, |f, a, count| {
@@ -169,19 +176,27 @@ trait DoubleShift: 'static {
 struct Shld;
 struct Shrd;
 
+/// Whether more bits are shifted than the operand has, which only 16-bit double shifts can be asked for. The manual leaves
+/// result and flags open; Zen 3 goes on with the second operand once more, and clears CF and, in SHLD, OF.
+#[inline(always)]
+fn too_far<W: Width>(count: u32) -> bool {
+    W::BITS == 16 && count > 16
+}
+
 impl DoubleShift for Shld {
     #[inline(always)]
     fn exec<W: Width>(f: &mut Flags, a: u64, fill: u64, count: u32) -> u64 {
-        // 16-bit counts above 16, which the manual leaves open, go on into the first operand once more.
-        let wide = if W::BITS == 64 {
-            u128::from(a) << 64 | u128::from(fill)
-        } else {
-            (u128::from(a) << W::BITS | u128::from(fill)) << W::BITS | u128::from(a)
-        };
-        let below = if W::BITS == 64 { 64 } else { 2 * W::BITS };
+        let (a, fill) = (u128::from(a), u128::from(fill));
+        // Three operands in a row for widths of which three fit; for the others the count is below the width.
+        let (wide, below) =
+            if W::BITS == 16 { (a << 32 | fill << 16 | fill, 32) } else { (a << W::BITS | fill, W::BITS) };
         let r = (wide << count >> below) as u64 & W::MASK;
-        let cf = (wide >> (below + W::BITS - count)) & 1 != 0;
-        f.result_with::<W>(r, cf, cf ^ (r & W::SIGN != 0));
+        let cf = wide >> (below + W::BITS - count) & 1 != 0;
+        if too_far::<W>(count) {
+            shifted::<W>(f, r, false, false);
+        } else {
+            shifted::<W>(f, r, cf, cf ^ (r & W::SIGN != 0));
+        }
         r
     }
 }
@@ -189,10 +204,12 @@ impl DoubleShift for Shld {
 impl DoubleShift for Shrd {
     #[inline(always)]
     fn exec<W: Width>(f: &mut Flags, a: u64, fill: u64, count: u32) -> u64 {
-        let above = if W::BITS == 64 { 0 } else { u128::from(a) << (2 * W::BITS) };
-        let wide = above | u128::from(fill) << W::BITS | u128::from(a);
+        let (a, fill) = (u128::from(a), u128::from(fill));
+        let above = if W::BITS == 16 { fill << 32 } else { 0 };
+        let wide = above | fill << W::BITS | a;
         let r = (wide >> count) as u64 & W::MASK;
-        f.result_with::<W>(r, (wide >> (count - 1)) & 1 != 0, top_two_differ::<W>(r));
+        let cf = wide >> (count - 1) & 1 != 0 && !too_far::<W>(count);
+        shifted::<W>(f, r, cf, top_two_differ::<W>(r));
         r
     }
 }

@@ -297,3 +297,7 @@ pub fn select(insn: &Instruction, op: &mut Op) -> Option<Selected> {
     op.aux = u8::from(!insn.has_repne_prefix());
     Some(select(insn, op))
 }
+
+#[cfg(test)]
+#[path = "string_tests.rs"]
+mod tests;
