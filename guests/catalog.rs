@@ -134,6 +134,11 @@ pub const CATALOG: &[Entry] = &[
         Group::Devices,
         "device registers by every kind of instruction: memory-mapped, port and string I/O",
     ),
+    guest(
+        "instr",
+        Group::Instructions,
+        "integer instructions at their corner cases: results, flags, bit strings, string operations",
+    ),
     hostile("hostile-wild-cr3", Ending::TripleFault, "CR3 far past all RAM"),
     hostile("hostile-mmio-cr3", Ending::TripleFault, "CR3 on a device page"),
     hostile("hostile-triple-fault", Ending::TripleFault, "an exception without an IDT"),

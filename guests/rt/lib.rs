@@ -12,6 +12,7 @@ pub mod apic;
 pub mod cpu;
 pub mod descriptors;
 pub mod entry;
+pub mod exchange;
 pub mod frames;
 pub mod global;
 pub mod io;

@@ -1,7 +1,7 @@
 //! Every way in which an instruction can change a page-table entry.
 
 use core::arch::asm;
-use rt::{mem, random::Random};
+use rt::{exchange, mem, random::Random};
 
 /// How many ways there are.
 pub const WAYS: u64 = 24;
@@ -49,10 +49,9 @@ pub fn put(way: u64, slot: u64, value: u64) {
                 asm!("movq {x}, {v}", "movq [{s}], {x}", s = in(reg) slot, v = in(reg) value, x = out(xmm_reg) _)
             }
             20 => {
-                let (low, high) = (mem::read64(pair), mem::read64(pair + 8));
-                let (new_low, new_high) = if slot == pair { (value, high) } else { (low, value) };
-                asm!("xchg rbx, {b}", "lock cmpxchg16b [{p}]", "mov rbx, {b}", p = in(reg) pair,
-                    b = inout(reg) new_low => _, in("rcx") new_high, inout("rax") low => _, inout("rdx") high => _);
+                let mut old = [mem::read64(pair), mem::read64(pair + 8)];
+                let new = if slot == pair { [value, old[1]] } else { [old[0], value] };
+                exchange::cmpxchg16b(pair, &mut old, &new, 2, true);
             }
             21 => {
                 let words =

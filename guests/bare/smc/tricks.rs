@@ -4,7 +4,7 @@
 use super::{ALIAS, CODE, Pages, call, emit, emit_return, serialize};
 use core::arch::{asm, global_asm};
 use rt::{
-    check, cpu, descriptors, frames,
+    check, cpu, descriptors, exchange, frames,
     global::Global,
     mem,
     paging::{A, D, HIGH, P, U, W},
@@ -96,8 +96,8 @@ fn wide_stores(pages: &Pages) {
                 _ => {
                     let [low, high] =
                         [0, 8].map(|o| u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| image[o + i])));
-                    asm!("xchg rbx, {b}", "lock cmpxchg16b [{t}]", "mov rbx, {b}", t = in(reg) to, b = inout(reg) low => _,
-                        in("rcx") high, inout("rax") mem::read64(to) => _, inout("rdx") mem::read64(to + 8) => _)
+                    let mut old = [mem::read64(to), mem::read64(to + 8)];
+                    exchange::cmpxchg16b(to, &mut old, &[low, high], 2, true);
                 }
             }
         }
