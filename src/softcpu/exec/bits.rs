@@ -306,15 +306,3 @@ pub fn select(insn: &Instruction, op: &mut Op) -> Option<Selected> {
     }?;
     Some(Selected::plain(run))
 }
-
-/// What a processor without BMI1 or ABM makes of TZCNT and LZCNT: the F3 prefix means nothing to it, and they are BSF and
-/// BSR.
-pub fn select_without_counts(insn: &Instruction, op: &mut Op) -> Option<Selected> {
-    let form = operands(insn, op)?;
-    let run = match insn.mnemonic() {
-        Mnemonic::Tzcnt => count::<Bsf>(form, op.osize),
-        Mnemonic::Lzcnt => count::<Bsr>(form, op.osize),
-        _ => None,
-    }?;
-    Some(Selected::plain(run))
-}

@@ -177,7 +177,7 @@ struct Shld;
 struct Shrd;
 
 /// Whether more bits are shifted than the operand has, which only 16-bit double shifts can be asked for. The manual leaves
-/// result and flags open; Zen 3 goes on with the second operand once more, and clears CF and, in SHLD, OF.
+/// result and flags open; Zen 3 goes on with the second operand once more, and clears CF.
 #[inline(always)]
 fn too_far<W: Width>(count: u32) -> bool {
     W::BITS == 16 && count > 16
@@ -191,12 +191,10 @@ impl DoubleShift for Shld {
         let (wide, below) =
             if W::BITS == 16 { (a << 32 | fill << 16 | fill, 32) } else { (a << W::BITS | fill, W::BITS) };
         let r = (wide << count >> below) as u64 & W::MASK;
-        let cf = wide >> (below + W::BITS - count) & 1 != 0;
-        if too_far::<W>(count) {
-            shifted::<W>(f, r, false, false);
-        } else {
-            shifted::<W>(f, r, cf, cf ^ (r & W::SIGN != 0));
-        }
+        let cf = wide >> (below + W::BITS - count) & 1 != 0 && !too_far::<W>(count);
+        // Nothing of the first operand is left from a count of 16 on, and OF then sees a sign of zero.
+        let sign = r & W::SIGN != 0 && count < W::BITS;
+        shifted::<W>(f, r, cf, cf ^ sign);
         r
     }
 }

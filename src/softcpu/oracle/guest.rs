@@ -2,7 +2,8 @@
 
 use super::machine::{ALL, Machine, Mode, P, RW};
 use super::silicon::{Case, WINDOW, WINDOW_LEN};
-use super::stub::{BASE, DATA, DATA_LEN, NO_TRAP};
+use super::stub::{BASE, DATA, DATA_LEN, NO_TRAP, origin};
+use crate::CpuModel;
 use guestmem::PAGE_SIZE;
 use vcpu::state::seg;
 use vcpu::{ArchState, Entry, Exit, Vcpu, VcpuError};
@@ -32,8 +33,21 @@ impl Guest {
     pub fn new(bits: u32, address: u64) -> Result<Self, Box<dyn std::error::Error>> {
         let machine = Machine::new(BASE, rights)?;
         let mode = if bits == 64 { Mode::Long } else { Mode::Compatibility };
-        let template = machine.state(mode, 3, address);
+        let mut template = machine.state(mode, 3, address - origin(bits));
+        if bits == 16 {
+            for segment in &mut template.segments {
+                segment.base = BASE;
+                segment.limit = 0xffff;
+                // Neither D nor G.
+                segment.attributes &= !0xc000;
+            }
+        }
         Ok(Self { machine, template, address })
+    }
+
+    /// The CPU model.
+    pub fn model(&self) -> &CpuModel {
+        self.machine.cpu.model()
     }
 
     /// Executes the case in place, `slice` ticks at a time; gives the ticks it took.
@@ -52,7 +66,7 @@ impl Guest {
             let exit = machine.cpu.run(Entry::Start, machine.cpu.ticks() + slice)?;
             assert_eq!(exit, Exit::Deadline, "in {:02x?}", &case.bytes[..case.len]);
             let state = machine.cpu.state();
-            if state.rip != self.address {
+            if state.rip != self.template.rip {
                 break state;
             }
         };
@@ -60,9 +74,9 @@ impl Guest {
         case.gprs = after.gprs;
         case.rflags = after.rflags;
         case.trap = NO_TRAP;
-        let end = self.address + case.len as u64;
+        let end = self.template.rip + case.len as u64;
         if let Some(trap) = machine.trap() {
-            assert_eq!(trap.rip, self.address, "RIP in the frame");
+            assert_eq!(trap.rip, self.template.rip, "RIP in the frame");
             assert_eq!(trap.cs, u64::from(self.template.segments[seg::CS].selector), "CS in the frame");
             assert_eq!(trap.rflags >> 16 & 1, 1, "RF in the frame of a fault");
             case.trap = trap.vector;

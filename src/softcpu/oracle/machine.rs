@@ -83,7 +83,10 @@ impl Machine {
                 .write_u64(pair[0].wrapping_add(index * 8), pair[1].0 | ALL)
                 .ok_or("no such table")?;
         }
-        let cpu = SoftCpu::new(Arc::clone(&memory), CpuModel::default())?;
+        // The model that has most, where this host can run it.
+        let largest = CpuModel::all().pop().unwrap_or_default();
+        let cpu = SoftCpu::new(Arc::clone(&memory), largest)
+            .or_else(|_| SoftCpu::new(Arc::clone(&memory), CpuModel::default()))?;
         let mut machine = Self { cpu, memory, base, root: tables[0], leaves: tables[3] };
         for page in 0..512 {
             let linear = base + page * PAGE_SIZE;

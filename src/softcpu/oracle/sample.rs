@@ -2,11 +2,12 @@
 //! the integer families, with registers bent so that every memory operand lies in the window.
 
 use super::silicon::{Case, WINDOW, WINDOW_LEN};
-use super::stub::SLOT;
+use super::stub::{SLOT, origin};
+use crate::CpuModel;
 use crate::flags::bit::{ARITHMETIC, DF};
 use iced_x86::{
-    Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
-    MemorySize, Mnemonic, OpKind, Register,
+    Code, ConditionCode, ConstantOffsets, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction,
+    InstructionInfoFactory, Mnemonic, OpKind, Register,
 };
 
 /// A small generator with the whole of its state in one word, so that a case is named by its seed.
@@ -74,7 +75,17 @@ fn wanted(insn: &Instruction, bits: u32) -> bool {
     let multiply = matches!(insn.mnemonic(), M::Mul | M::Imul | M::Div | M::Idiv);
     let bit = matches!(
         insn.mnemonic(),
-        M::Bt | M::Bts | M::Btr | M::Btc | M::Bsf | M::Bsr | M::Popcnt | M::Movbe | M::Crc32
+        M::Bt
+            | M::Bts
+            | M::Btr
+            | M::Btc
+            | M::Bsf
+            | M::Bsr
+            | M::Tzcnt
+            | M::Lzcnt
+            | M::Popcnt
+            | M::Movbe
+            | M::Crc32
     );
     let exchange = matches!(insn.mnemonic(), M::Xchg | M::Xadd | M::Cmpxchg | M::Cmpxchg8b | M::Cmpxchg16b);
     let flag =
@@ -121,29 +132,44 @@ fn is_string(insn: &Instruction) -> bool {
         && !matches!(insn.mnemonic(), M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd)
 }
 
-/// Not asked of the host: segment registers and what they hold, FS and GS, 16-bit addresses (they reach only the lowest
-/// 64 KiB, which a process does not have), and BSWAP of 16 bits, whose result is undefined.
+/// Not asked of the host: segment registers and what they hold, FS and GS, 16-bit addresses outside 16-bit code (they
+/// reach only the lowest 64 KiB, which a process does not have), and BSWAP of 16 bits, whose result is undefined.
 fn plain_surroundings(insn: &Instruction, bits: u32) -> bool {
     let registers_fit =
         (0..insn.op_count()).all(|i| insn.op_kind(i) != OpKind::Register || insn.op_register(i).is_gpr());
-    let segment = insn.memory_segment();
-    let small = |r: Register| r.is_gpr16();
-    let kinds_fit = (0..insn.op_count()).all(|i| {
-        use OpKind::*;
-        !matches!(insn.op_kind(i), MemorySegSI | MemoryESDI | MemorySegDI)
-    });
-    let absolute16 = insn.memory_base() == Register::None
-        && insn.memory_index() == Register::None
-        && insn.memory_displ_size() == 2;
     registers_fit
-        && kinds_fit
-        && !matches!(segment, Register::FS | Register::GS)
-        && !small(insn.memory_base())
-        && !small(insn.memory_index())
-        && !absolute16
-        && !matches!(insn.code(), Code::Bswap_r16)
-        && !(bits == 32 && insn.memory_size() == MemorySize::UInt128)
-        && !(insn.mnemonic() == Mnemonic::Xlatb && bits == 32 && insn.memory_base() == Register::BX)
+        && !matches!(insn.memory_segment(), Register::FS | Register::GS)
+        && (bits == 16 || address_size(insn) != 2)
+        && insn.code() != Code::Bswap_r16
+        && host_has(insn)
+}
+
+/// Size in bytes of the addresses that an instruction uses; 0 for one that has no memory operand.
+fn address_size(insn: &Instruction) -> usize {
+    let operand = |kind| match kind {
+        OpKind::MemorySegSI | OpKind::MemoryESDI => 2,
+        OpKind::MemorySegESI | OpKind::MemoryESEDI => 4,
+        OpKind::MemorySegRSI | OpKind::MemoryESRDI => 8,
+        OpKind::Memory => match (insn.memory_base(), insn.memory_index()) {
+            (Register::None, Register::None) => insn.memory_displ_size() as usize,
+            (Register::None, index) => index.size(),
+            (base, _) => base.size(),
+        },
+        _ => 0,
+    };
+    (0..insn.op_count()).map(|i| operand(insn.op_kind(i))).max().unwrap_or(0)
+}
+
+/// Whether the host has what the instruction needs; without some features it would execute another.
+fn host_has(insn: &Instruction) -> bool {
+    insn.cpuid_features().iter().all(|feature| match feature {
+        CpuidFeature::POPCNT => is_x86_feature_detected!("popcnt"),
+        CpuidFeature::BMI1 => is_x86_feature_detected!("bmi1"),
+        CpuidFeature::LZCNT => is_x86_feature_detected!("lzcnt"),
+        CpuidFeature::MOVBE => is_x86_feature_detected!("movbe"),
+        CpuidFeature::SSE4_2 => is_x86_feature_detected!("sse4.2"),
+        _ => true,
+    })
 }
 
 /// Random bytes with a liking for what the integer families consist of.
@@ -158,9 +184,16 @@ fn bytes(random: &mut Random, bits: u32) -> Vec<u8> {
     if bits == 64 && random.one_in(2) {
         code.push(0x40 | random.below(16) as u8);
     }
-    match random.below(10) {
-        0..=3 => code.push(0x0f),
-        4 => code.extend([0x0f, 0x38, 0xf0 | random.below(2) as u8]),
+    match random.below(32) {
+        0..=11 => code.push(0x0f),
+        12 => code.extend([0x0f, 0x38, 0xf0 | random.below(2) as u8]),
+        // What chance meets too rarely: multiplication and division, CMPXCHG8B and its kin, counts of bits.
+        13 | 14 => code.push(0xf6 | random.below(2) as u8),
+        15 => code.extend([0x0f, 0xc7, 0x08 | random.next() as u8 & 0x87]),
+        16 => {
+            code.insert(0, 0xf3);
+            code.extend([0x0f, [0xb8, 0xbc, 0xbd][random.below(3) as usize]]);
+        }
         _ => {}
     }
     let want = (code.len() + 12).min(SLOT - 1);
@@ -188,65 +221,49 @@ fn slot(reg: Register) -> usize {
     reg.full_register().number()
 }
 
+/// Writes the low `size` bytes of a register.
+fn set_low(gprs: &mut [u64; 16], reg: usize, v: u64, size: usize) {
+    let mask = u64::MAX >> (64 - 8 * size);
+    gprs[reg] = gprs[reg] & !mask | v & mask;
+}
+
 /// Makes the explicit memory operand lead to `to`, by setting registers or, where there are none, the displacement.
-/// False when that cannot be.
-fn steer(
-    case: &mut Case,
-    insn: &Instruction,
-    offsets: iced_x86::ConstantOffsets,
-    address: u64,
-    to: u64,
-) -> bool {
+/// False when that cannot be. What an address size leaves unused of a register keeps its random value.
+fn steer(case: &mut Case, insn: &Instruction, offsets: ConstantOffsets, address: u64, to: u64) -> bool {
     let (base, index) = (insn.memory_base(), insn.memory_index());
     let scale = u64::from(insn.memory_index_scale());
-    let disp = insn.memory_displacement64();
+    let size = address_size(insn);
+    let rest = to.wrapping_sub(insn.memory_displacement64());
     if base.is_ip() || base == Register::None && index == Register::None {
         let value = if base.is_ip() { to.wrapping_sub(address + case.len as u64) } else { to };
-        let (at, size) = (offsets.displacement_offset(), offsets.displacement_size());
-        case.bytes[at..at + size].copy_from_slice(&value.to_le_bytes()[..size]);
-        return size >= 4;
+        let (at, len) = (offsets.displacement_offset(), offsets.displacement_size());
+        case.bytes[at..at + len].copy_from_slice(&value.to_le_bytes()[..len]);
+        return len >= 2;
     }
-    let rest = to.wrapping_sub(disp);
-    // Address-size prefixes make the upper halves irrelevant; they keep their random values then.
-    let wide = base.is_gpr64() || index.is_gpr64();
-    let mut set = |reg: Register, v: u64| {
-        let old = case.gprs[slot(reg)];
-        case.gprs[slot(reg)] = if wide { v } else { old & !0xffff_ffff | v & 0xffff_ffff };
-    };
-    if base == index {
-        set(base, rest / (1 + scale));
+    let (reg, v) = if base == index {
+        (base, rest / (1 + scale))
     } else if base == Register::None {
-        set(index, rest / scale);
+        (index, rest / scale)
     } else if index == Register::None {
-        set(base, rest);
+        (base, rest)
     } else {
-        let indexed = case.gprs[slot(index)].wrapping_mul(scale);
-        let v = rest.wrapping_sub(indexed);
-        let old = case.gprs[slot(base)];
-        case.gprs[slot(base)] = if wide { v } else { old & !0xffff_ffff | v & 0xffff_ffff };
-    }
+        (base, rest.wrapping_sub(case.gprs[slot(index)].wrapping_mul(scale)))
+    };
+    set_low(&mut case.gprs, slot(reg), v, size);
     true
 }
 
-fn set_low(gprs: &mut [u64; 16], reg: usize, v: u64, wide: bool) {
-    gprs[reg] = if wide { v } else { gprs[reg] & !0xffff_ffff | v & 0xffff_ffff };
-}
-
-/// The registers that an instruction uses without saying so.
-fn implicit_registers(case: &mut Case, insn: &Instruction, random: &mut Random) {
+/// The registers that an instruction uses without saying so. Addresses begin at `origin`.
+fn implicit_registers(case: &mut Case, insn: &Instruction, origin: u64, random: &mut Random) {
     use Mnemonic as M;
+    let size = address_size(insn);
     match insn.mnemonic() {
         _ if is_string(insn) => {
-            let wide = (0..insn.op_count())
-                .any(|i| matches!(insn.op_kind(i), OpKind::MemorySegRSI | OpKind::MemoryESRDI));
-            set_low(&mut case.gprs, 1, random.below(12), wide);
-            set_low(&mut case.gprs, 6, target(random), wide);
-            let di = if random.one_in(2) {
-                case.gprs[6].wrapping_add(random.below(20)).wrapping_sub(10)
-            } else {
-                target(random)
-            };
-            set_low(&mut case.gprs, 7, di, wide);
+            set_low(&mut case.gprs, 1, random.below(12), size);
+            set_low(&mut case.gprs, 6, target(random) - origin, size);
+            let near = case.gprs[6].wrapping_add(random.below(20)).wrapping_sub(10);
+            let di = if random.one_in(2) { near } else { target(random) - origin };
+            set_low(&mut case.gprs, 7, di, size);
             if random.one_in(2) {
                 // Runs of equal bytes let comparisons go on.
                 let byte = case.window[0];
@@ -256,12 +273,13 @@ fn implicit_registers(case: &mut Case, insn: &Instruction, random: &mut Random) 
             }
         }
         M::Xlatb => {
-            let wide = insn.memory_base() == Register::RBX;
-            let v = target(random).wrapping_sub(case.gprs[0] & 0xff);
-            set_low(&mut case.gprs, 3, v, wide);
+            let v = (target(random) - origin).wrapping_sub(case.gprs[0] & 0xff);
+            set_low(&mut case.gprs, 3, v, insn.memory_base().size());
         }
-        M::Push | M::Pop | M::Pusha | M::Pushad | M::Popa | M::Popad => case.gprs[4] = target(random),
-        M::Leave => case.gprs[5] = target(random),
+        M::Push | M::Pop | M::Pusha | M::Pushad | M::Popa | M::Popad => {
+            case.gprs[4] = target(random) - origin;
+        }
+        M::Leave => case.gprs[5] = target(random) - origin,
         M::Div | M::Idiv if random.one_in(2) => {
             // A quotient that fits.
             case.gprs[2] = if random.one_in(2) { 0 } else { ((case.gprs[0] as i64) >> 63) as u64 };
@@ -287,56 +305,48 @@ fn equal_memory(case: &mut Case, insn: &Instruction, at: u64, random: &mut Rando
 }
 
 /// Whether everything the instruction touches lies in the window.
-fn stays_inside(case: &Case, insn: &Instruction, info: &mut InstructionInfoFactory, bits: u32) -> bool {
-    let mask = if bits == 32 { 0xffff_ffff } else { u64::MAX };
+fn stays_inside(case: &Case, insn: &Instruction, info: &mut InstructionInfoFactory, origin: u64) -> bool {
     let slack = if is_string(insn) { 128 } else { 64 };
-    let inside = |at: u64| at >= WINDOW + slack && at <= WINDOW + WINDOW_LEN as u64 - slack;
+    let first = WINDOW - origin + slack;
+    let last = WINDOW - origin + WINDOW_LEN as u64 - slack;
+    let value = |reg: Register| {
+        let high = matches!(reg, Register::AH | Register::CH | Register::DH | Register::BH);
+        let v = case.gprs[slot(reg)] >> if high { 8 } else { 0 };
+        v & (u64::MAX >> (64 - 8 * reg.size()))
+    };
     let touched = info.info(insn).used_memory().iter().all(|m| {
-        let at = m.virtual_address(0, |reg, _, _| {
-            Some(match reg {
-                Register::ES | Register::CS | Register::SS | Register::DS => 0,
-                _ if reg.is_gpr() => {
-                    let v = case.gprs[slot(reg)];
-                    let v = if matches!(reg, Register::AH | Register::CH | Register::DH | Register::BH) {
-                        v >> 8
-                    } else {
-                        v
-                    };
-                    v & (u64::MAX >> (64 - 8 * reg.size()))
-                }
-                _ => return None,
-            })
-        });
-        at.is_some_and(|at| inside(at & mask))
+        let at = m.virtual_address(0, |reg, _, _| if reg.is_gpr() { Some(value(reg)) } else { Some(0) });
+        at.is_some_and(|at| (first..=last).contains(&at))
     });
-    touched && bit_string_inside(case, insn, mask)
+    touched && bit_string_inside(insn, value)
 }
 
 /// BT and its kin go where a register says.
-fn bit_string_inside(case: &Case, insn: &Instruction, mask: u64) -> bool {
-    use Mnemonic as M;
-    let string = matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
-        && insn.op0_kind() == OpKind::Memory
-        && insn.op1_kind() == OpKind::Register;
-    if !string {
+fn bit_string_inside(insn: &Instruction, value: impl Fn(Register) -> u64) -> bool {
+    if !is_bit_test(insn) || insn.op0_kind() != OpKind::Memory || insn.op1_kind() != OpKind::Register {
         return true;
     }
     let reg = insn.op1_register();
     let unused = 64 - 8 * reg.size() as u32;
-    let index = ((case.gprs[slot(reg)] << unused) as i64) >> unused;
-    let _ = mask;
-    (-512..512).contains(&index)
+    (-512..512).contains(&(((value(reg) << unused) as i64) >> unused))
+}
+
+fn is_bit_test(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(insn.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
 }
 
 /// The case that a seed stands for: an instruction for `bits`-bit code at `address`, and a state.
-pub fn case(seed: u64, bits: u32, address: u64) -> (Case, Instruction) {
+pub fn case(seed: u64, bits: u32, address: u64, model: &CpuModel) -> (Case, Instruction) {
     let mut random = Random::new(seed);
     let mut info = InstructionInfoFactory::new();
+    let origin = origin(bits);
+    let ip = address - origin;
     loop {
         let code = bytes(&mut random, bits);
-        let mut decoder = Decoder::with_ip(bits, &code, address, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(bits, &code, ip, DecoderOptions::NONE);
         let insn = decoder.decode();
-        if insn.is_invalid() || !wanted(&insn, bits) {
+        if insn.is_invalid() || !wanted(&insn, bits) || !model.has(&insn) {
             continue;
         }
         let offsets = decoder.get_constant_offsets(&insn);
@@ -349,26 +359,22 @@ pub fn case(seed: u64, bits: u32, address: u64) -> (Case, Instruction) {
             window: std::array::from_fn(|_| random.next() as u8),
         };
         case.bytes[..insn.len()].copy_from_slice(&code[..insn.len()]);
-        if matches!(insn.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
-            && insn.op1_kind() == OpKind::Register
-        {
-            let near = random.below(1024).wrapping_sub(512);
-            case.gprs[slot(insn.op1_register())] = near;
+        if is_bit_test(&insn) && insn.op1_kind() == OpKind::Register {
+            case.gprs[slot(insn.op1_register())] = random.below(1024).wrapping_sub(512);
         }
-        implicit_registers(&mut case, &insn, &mut random);
-        let explicit = crate::decode::has_memory(&insn) && insn.mnemonic() != Mnemonic::Lea;
-        if explicit {
+        implicit_registers(&mut case, &insn, origin, &mut random);
+        if crate::decode::has_memory(&insn) && insn.mnemonic() != Mnemonic::Lea {
             let to = target(&mut random);
-            if !steer(&mut case, &insn, offsets, address, to) {
+            if !steer(&mut case, &insn, offsets, ip, to - origin) {
                 continue;
             }
             equal_memory(&mut case, &insn, to, &mut random);
         }
-        if bits == 32 {
+        if bits != 64 {
             case.gprs = case.gprs.map(|v| v & 0xffff_ffff);
         }
-        let insn = Decoder::with_ip(bits, &case.bytes[..case.len], address, DecoderOptions::NONE).decode();
-        if insn.mnemonic() == Mnemonic::Lea || stays_inside(&case, &insn, &mut info, bits) {
+        let insn = Decoder::with_ip(bits, &case.bytes[..case.len], ip, DecoderOptions::NONE).decode();
+        if insn.mnemonic() == Mnemonic::Lea || stays_inside(&case, &insn, &mut info, origin) {
             return (case, insn);
         }
     }

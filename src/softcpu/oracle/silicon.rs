@@ -50,7 +50,7 @@ pub struct Silicon {
 }
 
 impl Silicon {
-    /// Starts the child for 64- or 32-bit code.
+    /// Starts the child for 64-, 32- or 16-bit code. Fails where the kernel does not let a process execute that.
     pub fn start(bits: u32) -> std::io::Result<Self> {
         let stub = stub::assemble(bits).map_err(std::io::Error::other)?;
         let exchange = map(std::ptr::null_mut(), size_of::<Exchange>(), libc::MAP_SHARED, 0)?.cast();
@@ -64,14 +64,21 @@ impl Silicon {
                 drop((to_child, from_child));
                 serve(exchange, &stub, child_in, child_out)
             }
-            _ => Ok(Self {
-                exchange,
-                pid,
-                to_child: Some(to_child),
-                from_child,
-                address: BASE + stub.slot as u64,
-            }),
+            _ => {
+                let address = BASE + stub.slot as u64;
+                let mut child = Self { exchange, pid, to_child: Some(to_child), from_child, address };
+                child.try_nop()?;
+                Ok(child)
+            }
         }
+    }
+
+    /// Executes nothing, which shows that the way there and back exists.
+    fn try_nop(&mut self) -> std::io::Result<()> {
+        let (gprs, window) = ([0; 16], [0; WINDOW_LEN]);
+        let mut nop = [Case { bytes: [0x90; SLOT], len: 1, gprs, rflags: 2, trap: 0, window }];
+        self.execute(&mut nop)?;
+        if nop[0].trap == NO_TRAP { Ok(()) } else { Err(std::io::ErrorKind::Unsupported.into()) }
     }
 
     /// Executes the cases, at most [`BATCH`], in place.
@@ -139,6 +146,7 @@ fn serve(exchange: *mut Exchange, stub: &Stub, mut from: File, mut to: File) -> 
     let ready = map_at(BASE, 0x1000, libc::PROT_EXEC)
         && map_at(CONTEXT, 0x1000, 0)
         && map_at(DATA, DATA_LEN, 0)
+        && (!stub.needs_ldt() || set_segments())
         && catch_signals();
     if !ready {
         end(2);
@@ -167,6 +175,26 @@ fn serve(exchange: *mut Exchange, stub: &Stub, mut from: File, mut to: File) -> 
         }
     }
     end(0)
+}
+
+/// Puts a code and a data segment of 16 bits, 64 KiB from [`BASE`], into the LDT.
+fn set_segments() -> bool {
+    /// `struct user_desc` of the kernel, its bit fields as one word.
+    #[repr(C)]
+    struct Descriptor {
+        entry: u32,
+        base: u32,
+        limit: u32,
+        bits: u32,
+    }
+    const WRITE: libc::c_long = 0x11;
+    // Bits 1 and 2: contents 0 data, 2 code. Neither read-only, nor 32-bit, nor in pages, and present.
+    [(stub::LDT_CODE, 2 << 1), (stub::LDT_DATA, 0)].into_iter().all(|(selector, bits)| {
+        let entry = u32::from(selector >> 3);
+        let descriptor = Descriptor { entry, base: BASE as u32, limit: 0xffff, bits };
+        // SAFETY: the kernel reads the 16 bytes of the descriptor and checks them.
+        unsafe { libc::syscall(libc::SYS_modify_ldt, WRITE, &raw const descriptor, 16usize) == 0 }
+    })
 }
 
 fn end(status: i32) -> ! {
@@ -221,7 +249,9 @@ extern "C" fn on_signal(_: i32, _: *mut libc::siginfo_t, machine: *mut libc::c_v
     unsafe {
         let registers = &mut (*machine.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
         let rip = registers[libc::REG_RIP as usize] as u64;
-        if !(BASE..BASE + 0x1000).contains(&rip) || (*context).trap != NO_TRAP {
+        // 16-bit code counts from the base of its segment.
+        let inside = rip < 0x1000 || (BASE..BASE + 0x1000).contains(&rip);
+        if !inside || (*context).trap != NO_TRAP {
             end(3);
         }
         (*context).trap = registers[libc::REG_TRAPNO as usize] as u64;
