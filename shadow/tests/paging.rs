@@ -5,6 +5,7 @@ mod machine;
 use guestmem::{Gpa, Gva, Policy};
 use machine::*;
 use mmu::entry::bits::{A, D, G, NX, P, PS, U, W};
+use mmu::paging::bits::CR0_WP;
 use mmu::{Counter, Privilege};
 
 const RW: u64 = P | W | U;
@@ -165,5 +166,38 @@ fn every_paging_mode_translates() {
         assert!(m.set_state(long_mode(0x10000)));
         assert_eq!(m.access(Gva(0x7000), write(User)), Outcome::Memory(Gpa(0x20_6000)));
         m.compare(0..0xc00);
+    }
+}
+
+#[test]
+fn a_large_page_has_one_dirty_flag_however_it_is_mapped() {
+    for policy in POLICIES {
+        for wp in [true, false] {
+            let mut m = Machine::audited(policy);
+            m.entry(0x10000, 0, 0x11000 | RW);
+            m.entry(0x11000, 0, 0x12000 | RW);
+            m.entry(0x12000, 1, 0x20_0000 | RW | PS);
+            m.entry(0x12000, 2, 0x20_0000 | P | U | PS);
+            let s = long_mode(0x10000);
+            assert!(m.set_state(mmu::PagingState { cr0: if wp { s.cr0 } else { s.cr0 & !CR0_WP }, ..s }));
+            for gva in [0x20_0000, 0x40_0000] {
+                m.access(Gva(gva), read(User));
+                m.access(Gva(gva + 0x1000), read(Supervisor));
+            }
+            assert_eq!(m.peek(0x12008) & (A | D), A);
+            m.access(Gva(0x20_0000), write(User));
+            assert_eq!(m.peek(0x12008) & D, D);
+            assert_eq!(m.peek(0x12010) & D, 0);
+            // Dirty is dirty for all of the page, until the guest clears the flag.
+            m.access(Gva(0x20_1000), write(User));
+            m.entry(0x12000, 1, 0x20_0000 | RW | PS | A);
+            m.flush_all();
+            m.access(Gva(0x20_1000), read(User));
+            assert_eq!(m.peek(0x12008) & D, 0);
+            m.access(Gva(0x20_1000), write(User));
+            assert_eq!(m.peek(0x12008) & D, D);
+            m.access(Gva(0x40_0000), write(Supervisor));
+            m.compare(0..0x400);
+        }
     }
 }

@@ -140,21 +140,22 @@ fn setup() -> impl Strategy<Value = Setup> {
 
 /// An entry: where it leads, and its bits; mostly the permissive ones, so that walks get somewhere.
 fn entry() -> impl Strategy<Value = u64> {
-    let target = prop_oneof![
+    let small = prop_oneof![
         28 => TABLES.prop_map(|f| f << 12),
         4 => (0x200u64..0x208).prop_map(|f| f << 12),
-        3 => prop_oneof![Just(0u64), Just(2 * MIB), Just(4 * MIB), Just(8 * MIB)],
         2 => prop_oneof![Just(MMIO_BASE), Just(ROM_BASE), Just(13 * MIB), Just(1 << 40), Just(0xffff_f000u64)],
     ];
+    let large = prop_oneof![Just(0u64), Just(2 * MIB), Just(4 * MIB), Just(8 * MIB), Just(1 << 30)];
+    let target = prop_oneof![5 => small, 1 => large.prop_map(|base| base | PS)];
     let flags = prop::collection::vec(
         prop_oneof![
-            2 => Just(P), 5 => Just(W), 5 => Just(U), 6 => Just(A), 6 => Just(D), 6 => Just(PS), 4 => Just(G),
+            2 => Just(P), 5 => Just(W), 5 => Just(U), 6 => Just(A), 6 => Just(D), 2 => Just(PS), 4 => Just(G),
             2 => Just(NX), 2 => Just(1 << 59), 1 => Just(1 << 62), 1 => Just(1 << 50), 1 => Just(1 << 13), 1 => Just(1 << 21)
         ],
         0..3,
     );
     let base =
-        prop_oneof![10 => Just(P | W | U), 2 => Just(P | U), 2 => Just(P | W), 1 => Just(P), 1 => Just(0)];
+        prop_oneof![24 => Just(P | W | U), 2 => Just(P | U), 2 => Just(P | W), 1 => Just(P), 1 => Just(0)];
     (target, base, flags)
         .prop_map(|(target, base, flags)| target | flags.into_iter().fold(base, |bits, flag| bits ^ flag))
 }
@@ -249,7 +250,7 @@ impl Run {
 
     /// The entry as it is written: the first tables hold few large pages, or hardly a walk from them would get anywhere.
     fn tamed(table: u8, raw: u64) -> u64 {
-        if table < 8 && raw & (D | G) != D | G { raw & !PS } else { raw }
+        if table < 6 && raw & (D | G) != D | G { raw & !PS } else { raw }
     }
 
     /// Address and size of the entry that `table` and `index` choose, in the format of CPU 0's mode.
