@@ -125,6 +125,11 @@ pub const CATALOG: &[Entry] = &[
     ),
     guest("syscall", Group::Control, "SYSCALL, SYSENTER, INT 0x80 and far transfers between CPL 3 and CPL 0"),
     guest(
+        "exceptions",
+        Group::Control,
+        "every exception the processor raises by itself: vectors, error codes, priorities, traps and faults",
+    ),
+    guest(
         "interrupts",
         Group::Control,
         "PIC, PIT and local APIC timer, HLT, shadows, nesting and priorities, NMI",
