@@ -1,18 +1,66 @@
 #![allow(unsafe_code, reason = "copies and fills guest memory through host addresses that the TLB gave out")]
 //! Runs of string-instruction elements within one page, done in one go through host addresses.
 //!
-//! [`crate::exec::string`] asks [`crate::core::Core::direct`] for the host address of each operand of REP MOVS or
-//! REP STOS and comes here. The result is that of the element-by-element order of SDM Vol. 2 "MOVS", overlap included:
-//! a destination shortly above its source repeats the source's beginning, as guests rely on.
+//! REP MOVS and REP STOS ([`crate::exec::string`]) come here; [`Core::direct`] gives the host addresses of their operands.
+//! The result is that of the element-by-element order of SDM Vol. 2 "MOVS", overlap included: a destination shortly above
+//! its source repeats the source's beginning, as guests rely on.
 
+use crate::core::Core;
+use crate::memory::SegIndex;
+use crate::op::Stop;
 use crate::width::Width;
+use guestmem::PAGE_SIZE;
+use mmu::AccessKind;
+
+/// A run of elements: the linear address of the first, its segment, and how many. It must not leave its page.
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    /// Linear address of the lowest element.
+    pub lin: u64,
+    /// The segment that a fault is charged to.
+    pub segment: SegIndex,
+    /// How many elements.
+    pub count: u64,
+}
+
+impl Run {
+    /// Length in bytes, where the run keeps to its page.
+    fn len<W: Width>(&self) -> Option<u64> {
+        let room = PAGE_SIZE - (self.lin & (PAGE_SIZE - 1));
+        (self.count <= room / W::BYTES as u64).then_some(self.count * W::BYTES as u64)
+    }
+}
+
+impl Core {
+    /// Copies the elements of `from` to the address of `to`, lowest first. False, and nothing done, when either cannot be
+    /// reached directly: devices, guest tables, decoded code, watched addresses.
+    pub fn copy_run<W: Width>(&mut self, from: Run, to: Run) -> Result<bool, Stop> {
+        let to = Run { count: from.count, ..to };
+        let (Some(len), Some(_)) = (from.len::<W>(), to.len::<W>()) else { return Ok(false) };
+        let Some(src) = self.direct(from.lin, len, AccessKind::Read, from.segment)? else { return Ok(false) };
+        let Some(dst) = self.direct(to.lin, len, AccessKind::Write, to.segment)? else { return Ok(false) };
+        // SAFETY: `direct` gave the host addresses of the two linear ones, and `len` bytes from each keep to its page, so
+        // all of them are mapped guest memory, to which no Rust reference exists.
+        unsafe { copy_forward::<W>(src, dst, from.count as usize) };
+        Ok(true)
+    }
+
+    /// Writes `value` to every element of `to`. False, and nothing done, as for [`Self::copy_run`].
+    pub fn fill_run<W: Width>(&mut self, to: Run, value: u64) -> Result<bool, Stop> {
+        let Some(len) = to.len::<W>() else { return Ok(false) };
+        let Some(dst) = self.direct(to.lin, len, AccessKind::Write, to.segment)? else { return Ok(false) };
+        // SAFETY: as for `copy_run`.
+        unsafe { fill::<W>(dst, value, to.count as usize) };
+        Ok(true)
+    }
+}
 
 /// Copies `count` elements of `W` from `src` to `dst`, lowest first.
 ///
 /// # Safety
 /// `src` must point to `count * W::BYTES` readable bytes and `dst` to as many writable ones. They may overlap, and no
 /// Rust reference to any of them may exist.
-pub unsafe fn copy_forward<W: Width>(src: *const u8, dst: *mut u8, count: usize) {
+unsafe fn copy_forward<W: Width>(src: *const u8, dst: *mut u8, count: usize) {
     let len = count * W::BYTES;
     let distance = (dst as usize).wrapping_sub(src as usize);
     if distance >= len {
@@ -31,7 +79,7 @@ pub unsafe fn copy_forward<W: Width>(src: *const u8, dst: *mut u8, count: usize)
 ///
 /// # Safety
 /// `dst` must point to `count * W::BYTES` writable bytes to which no Rust reference exists.
-pub unsafe fn fill<W: Width>(dst: *mut u8, value: u64, count: usize) {
+unsafe fn fill<W: Width>(dst: *mut u8, value: u64, count: usize) {
     let byte = value as u8;
     if value & W::MASK == u64::from_ne_bytes([byte; 8]) & W::MASK {
         // SAFETY: the caller guarantees the bytes.

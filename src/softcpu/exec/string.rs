@@ -8,7 +8,7 @@
 
 use super::Selected;
 use super::address::checked;
-use crate::bulk;
+use crate::bulk::Run;
 use crate::by_width;
 use crate::core::{Attention, Core};
 use crate::decode::segment_index;
@@ -17,7 +17,6 @@ use crate::op::{Flow, Op, Stop};
 use crate::width::Width;
 use guestmem::PAGE_SIZE;
 use iced_x86::{Instruction, Mnemonic, OpKind};
-use mmu::AccessKind;
 use vcpu::state::seg;
 
 /// Slots of RAX, RCX, RSI, RDI.
@@ -113,19 +112,16 @@ impl Element for Movs {
         Ok(())
     }
 
-    #[allow(unsafe_code, reason = "hands host addresses to `bulk`")]
     fn many<W: Width>(core: &mut Core, op: &Op, most: u64) -> Result<u64, Stop> {
-        let Some((from, count)) = span::<W>(core, op, op.seg, RSI, false, most) else { return Ok(0) };
-        let Some((to, count)) = span::<W>(core, op, DESTINATION, RDI, true, count) else { return Ok(0) };
-        let len = count * W::BYTES as u64;
-        let Some(src) = core.direct(from, len, AccessKind::Read, op.seg)? else { return Ok(0) };
-        let Some(dst) = core.direct(to, len, AccessKind::Write, DESTINATION)? else { return Ok(0) };
-        // SAFETY: `direct` gave the host addresses of the two linear ones, and `span` keeps `len` bytes from each
-        // within its page, so all of them are mapped guest memory, to which no Rust reference exists.
-        unsafe { bulk::copy_forward::<W>(src, dst, count as usize) };
-        advance::<W>(core, op, RSI, count);
-        advance::<W>(core, op, RDI, count);
-        Ok(count)
+        let Some(from) = run::<W>(core, op, op.seg, RSI, false, most) else { return Ok(0) };
+        let Some(to) = run::<W>(core, op, DESTINATION, RDI, true, from.count) else { return Ok(0) };
+        let from = Run { count: to.count, ..from };
+        if !core.copy_run::<W>(from, to)? {
+            return Ok(0);
+        }
+        advance::<W>(core, op, RSI, to.count);
+        advance::<W>(core, op, RDI, to.count);
+        Ok(to.count)
     }
 }
 
@@ -139,16 +135,14 @@ impl Element for Stos {
         Ok(())
     }
 
-    #[allow(unsafe_code, reason = "hands host addresses to `bulk`")]
     fn many<W: Width>(core: &mut Core, op: &Op, most: u64) -> Result<u64, Stop> {
-        let Some((to, count)) = span::<W>(core, op, DESTINATION, RDI, true, most) else { return Ok(0) };
-        let len = count * W::BYTES as u64;
-        let Some(dst) = core.direct(to, len, AccessKind::Write, DESTINATION)? else { return Ok(0) };
+        let Some(to) = run::<W>(core, op, DESTINATION, RDI, true, most) else { return Ok(0) };
         let v = W::get(&core.regs, RAX, 0);
-        // SAFETY: as for MOVS.
-        unsafe { bulk::fill::<W>(dst, v, count as usize) };
-        advance::<W>(core, op, RDI, count);
-        Ok(count)
+        if !core.fill_run::<W>(to, v)? {
+            return Ok(0);
+        }
+        advance::<W>(core, op, RDI, to.count);
+        Ok(to.count)
     }
 }
 
@@ -193,18 +187,11 @@ impl Element for Scas {
     }
 }
 
-/// The linear address of the element at an index register, and how many elements from there on, at most `most`, can be
-/// done at once: they leave neither the page nor the segment, and the index does not wrap. `None` for fewer than two, and
-/// where the first is not permitted; doing one by itself then finds out why.
+/// The elements from an index register on, at most `most`, that can be done at once: they leave neither the page nor the
+/// segment, and the index does not wrap. `None` for fewer than two, and where the first is not permitted; doing one by
+/// itself then finds out why.
 #[inline(always)]
-fn span<W: Width>(
-    core: &mut Core,
-    op: &Op,
-    segment: u8,
-    reg: u8,
-    write: bool,
-    most: u64,
-) -> Option<(u64, u64)> {
+fn run<W: Width>(core: &mut Core, op: &Op, segment: u8, reg: u8, write: bool, most: u64) -> Option<Run> {
     let size = W::BYTES as u64;
     let at = index(core, op, reg);
     let lin = checked(core, segment, at, size, write).ok()?;
@@ -215,7 +202,7 @@ fn span<W: Width>(
     if count < 2 || !core.mode64 && checked(core, segment, at, count * size, write).is_err() {
         return None;
     }
-    Some((lin, count))
+    Some(Run { lin, segment, count })
 }
 
 fn once<W: Width, E: Element>(core: &mut Core, op: &Op) -> Flow {

@@ -10,6 +10,7 @@ use super::stub::{self, BASE, CONTEXT, Context, DATA, DATA_LEN, NO_TRAP, SLOT, S
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::FromRawFd;
+use std::sync::Mutex;
 
 /// The part of the data that a case can touch, around the boundary of the two pages.
 pub const WINDOW: u64 = DATA + DATA_LEN / 2 - WINDOW_LEN as u64 / 2;
@@ -43,7 +44,7 @@ struct Exchange {
 pub struct Silicon {
     exchange: *mut Exchange,
     pid: libc::pid_t,
-    to_child: Option<File>,
+    to_child: File,
     from_child: File,
     /// Where the instruction is, in both worlds.
     pub address: u64,
@@ -54,6 +55,9 @@ impl Silicon {
     pub fn start(bits: u32) -> std::io::Result<Self> {
         let stub = stub::assemble(bits).map_err(std::io::Error::other)?;
         let exchange = map(std::ptr::null_mut(), size_of::<Exchange>(), libc::MAP_SHARED, 0)?.cast();
+        // One at a time, so that no child inherits the ends of another's pipes that are meant to close.
+        static STARTING: Mutex<()> = Mutex::new(());
+        let starting = STARTING.lock();
         let (child_in, to_child) = pipe()?;
         let (from_child, child_out) = pipe()?;
         // SAFETY: the child calls nothing but `serve`, which keeps to system calls and its own mappings.
@@ -65,8 +69,9 @@ impl Silicon {
                 serve(exchange, &stub, child_in, child_out)
             }
             _ => {
+                drop((child_in, child_out, starting));
                 let address = BASE + stub.slot as u64;
-                let mut child = Self { exchange, pid, to_child: Some(to_child), from_child, address };
+                let mut child = Self { exchange, pid, to_child, from_child, address };
                 child.try_nop()?;
                 Ok(child)
             }
@@ -91,7 +96,7 @@ impl Silicon {
             unsafe { (&raw mut (*self.exchange).cases[i]).write(case.clone()) };
         }
         let mut count = cases.len().to_ne_bytes();
-        let told = self.to_child.as_mut().map_or(Ok(()), |pipe| pipe.write_all(&count));
+        let told = self.to_child.write_all(&count);
         if told.is_err() || self.from_child.read_exact(&mut count).is_err() {
             // SAFETY: the child is gone, and nothing else writes here.
             let begun = unsafe { (&raw const (*self.exchange).begun).read_volatile() };
@@ -108,8 +113,8 @@ impl Silicon {
 
 impl Drop for Silicon {
     fn drop(&mut self) {
-        // The child ends when its pipe does.
-        self.to_child = None;
+        // It ends at a count that no batch has; if the pipe is broken, it has ended already.
+        drop(self.to_child.write_all(&usize::MAX.to_ne_bytes()));
         // SAFETY: the child is ours and is waited for once; the mapping is ours.
         unsafe {
             libc::waitpid(self.pid, std::ptr::null_mut(), 0);
@@ -161,7 +166,11 @@ fn serve(exchange: *mut Exchange, stub: &Stub, mut from: File, mut to: File) -> 
     };
     let mut count = [0; 8];
     while from.read_exact(&mut count).is_ok() {
-        for i in 0..usize::from_ne_bytes(count).min(BATCH) {
+        let cases = usize::from_ne_bytes(count);
+        if cases > BATCH {
+            break;
+        }
+        for i in 0..cases {
             // SAFETY: the parent leaves the exchange alone until it is told that the batch is done, and the code page
             // holds the stub, which keeps to the calling convention and ends in a return.
             unsafe {
