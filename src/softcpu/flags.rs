@@ -270,7 +270,7 @@ mod tests {
         f |= if (a ^ b ^ r) & 0x10 != 0 { AF } else { 0 };
         f |= if r == 0 { ZF } else { 0 };
         f |= if r & sign != 0 { SF } else { 0 };
-        f |= if (r as u8).count_ones() % 2 == 0 { PF } else { 0 };
+        f |= if (r as u8).count_ones().is_multiple_of(2) { PF } else { 0 };
         (r, f)
     }
 
