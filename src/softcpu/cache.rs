@@ -14,6 +14,7 @@ use guestmem::{FrameMark, Hfn, Hpa, PAGE_SIZE};
 use hashbrown::HashMap;
 use mmu::Counter;
 use std::hash::{BuildHasherDefault, Hasher};
+use vcpu::state::seg;
 
 /// A fixed multiplicative hash: keys are our own integers, and a run must not depend on a random seed.
 #[derive(Default, Clone)]
@@ -83,6 +84,9 @@ struct Jump {
 const JUMPS: usize = 4096;
 /// Blocks kept at most; then all are dropped. A Linux boot needs 70,000. A hostile guest must not grow us without limit.
 const MAX_BLOCKS: usize = 400_000;
+/// And so many instructions in them: a guest that enters a page of one-byte instructions at every address gets blocks that
+/// overlap, and each of their instructions takes some 100 bytes. A Linux boot needs 500,000.
+const MAX_OPS: usize = 2_000_000;
 const NO_BLOCK: u32 = u32::MAX;
 
 /// The cache.
@@ -91,6 +95,8 @@ pub struct CodeCache {
     free: Vec<u32>,
     by_key: HashMap<u64, u32, FixedHash>,
     by_frame: HashMap<u64, Vec<u32>, FixedHash>,
+    /// Instructions in all blocks.
+    ops: usize,
     jumps: Box<[Jump; JUMPS]>,
 }
 
@@ -101,6 +107,7 @@ impl Default for CodeCache {
             free: Vec::new(),
             by_key: HashMap::default(),
             by_frame: HashMap::default(),
+            ops: 0,
             jumps: Box::new([Jump { ip: 0, context: 0, block: NO_BLOCK }; JUMPS]),
         }
     }
@@ -133,6 +140,10 @@ impl CodeCache {
 
     #[cold]
     fn find_slow(&mut self, core: &mut Core, ip: u64) -> Result<u32, Stop> {
+        // The limit of CS comes before the page (SDM Vol. 3 table 6-2).
+        if !core.mode64 && ip > u64::from(core.segments[seg::CS].limit) {
+            return Err(core.gp(0));
+        }
         let lin = core.code_linear(ip);
         let hpa = core.translate_fetch(lin)?;
         let key = hpa.0 << 4 | core.code_key;
@@ -148,7 +159,7 @@ impl CodeCache {
         }
         let decoded = decode_block(core, lin, hpa)?;
         core.counters.count(Counter::BlocksDecoded);
-        if self.by_key.len() >= MAX_BLOCKS {
+        if self.by_key.len() >= MAX_BLOCKS || self.ops >= MAX_OPS {
             self.clear(core);
         }
         Ok(self.insert(
@@ -171,6 +182,7 @@ impl CodeCache {
             ranges.push((second, block.len - first_len));
         }
         let key = block.key;
+        self.ops += block.ops.len();
         let index = match self.free.pop() {
             Some(index) => {
                 self.blocks[index as usize] = Some(block);
@@ -199,6 +211,7 @@ impl CodeCache {
     fn drop_block(&mut self, core: &mut Core, index: u32) {
         let Some(block) = self.blocks.get_mut(index as usize).and_then(Option::take) else { return };
         core.counters.count(Counter::BlocksInvalidated);
+        self.ops -= block.ops.len();
         self.by_key.remove(&block.key);
         self.free.push(index);
         for frame in [Some(block.hpa.frame()), block.crossing.map(Hpa::frame)].into_iter().flatten() {

@@ -41,6 +41,8 @@ bitflags::bitflags! {
         const CODE_WRITE = 1 << 8;
         /// Stores to guest tables are to be reported.
         const TABLE_STORES = 1 << 9;
+        /// The hardware walk has set flags in a frame of decoded bytes: drop what was decoded from them.
+        const HOST_WRITES = 1 << 10;
     }
 }
 

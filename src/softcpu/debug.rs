@@ -9,6 +9,15 @@ use crate::flags::bit;
 
 const DR6_BS: u64 = 1 << 14;
 
+impl crate::vector::Native {
+    /// Forgets what belongs to an instruction under way.
+    pub fn forget_instruction(&mut self) {
+        self.debug_hits = 0;
+        (self.fresh_shadow, self.single_step, self.fresh_resume) = (false, false, false);
+        self.task_switch = None;
+    }
+}
+
 impl Core {
     /// After an instruction executed alone: raises #DB for single step (TF was set when it began) and for data breakpoints
     /// that it hit.

@@ -29,6 +29,16 @@ use vcpu::{Answer, ArchState, Entry, Exit, Vcpu, VcpuError};
 const ALONE: Attention =
     Attention::SHADOW.union(Attention::DEBUG).union(Attention::TRANSIENT).union(Attention::CODE_WRITE);
 
+/// What is to be done after [`SoftCpu::attend`] has looked.
+enum Attended {
+    /// Run instructions.
+    Run,
+    /// Look again: something was delivered, or is to be.
+    Again,
+    /// Leave the guest.
+    Leave(Exit),
+}
+
 /// The software CPU.
 pub struct SoftCpu {
     core: Core,
@@ -96,6 +106,8 @@ impl SoftCpu {
         let core = &mut self.core;
         core.end_transient();
         core.attention.remove(Attention::CODE_WRITE);
+        // Of an instruction that is not complete no data breakpoint is reported: it will be executed again.
+        core.native.debug_hits = 0;
         // An exception counts as a tick, so that time advances even where no instruction ever retires.
         core.ticks += 1;
         core.exception_to_event();
@@ -103,10 +115,21 @@ impl SoftCpu {
 
     fn run_loop(&mut self) -> Result<Exit, VcpuError> {
         loop {
-            if !self.core.attention.is_empty()
-                && let Some(exit) = self.attend()?
-            {
-                return Ok(exit);
+            if !self.core.attention.is_empty() {
+                match self.attend()? {
+                    Attended::Run => {}
+                    Attended::Leave(exit) => return Ok(exit),
+                    // Exceptions can follow one another for ever with no instruction between (an alignment check while an
+                    // alignment check is delivered, a breakpoint on the first instruction of its own handler): each is a
+                    // tick, so that the deadline ends it.
+                    Attended::Again if self.core.attention.contains(Attention::EVENT) => {
+                        if self.core.ticks >= self.core.deadline {
+                            return Ok(Exit::Deadline);
+                        }
+                        continue;
+                    }
+                    Attended::Again => continue,
+                }
             }
             if self.core.ticks >= self.core.deadline {
                 return Ok(Exit::Deadline);
@@ -206,21 +229,26 @@ impl SoftCpu {
 
     /// Looks at what wants attention before the next instruction, in the order of SDM Vol. 3 table 6-2.
     #[cold]
-    fn attend(&mut self) -> Result<Option<Exit>, VcpuError> {
+    fn attend(&mut self) -> Result<Attended, VcpuError> {
+        use Attended::{Again, Leave, Run};
+        if self.core.attention.contains(Attention::HOST_WRITES) {
+            self.core.attention.remove(Attention::HOST_WRITES);
+            self.drain_code_writes();
+        }
         let core = &mut self.core;
         if core.attention.contains(Attention::SHUTDOWN) {
-            return Ok(Some(Exit::TripleFault));
+            return Ok(Leave(Exit::TripleFault));
         }
         if core.attention.contains(Attention::TABLE_STORES) && !core.attention.contains(Attention::TRANSIENT)
         {
             core.attention.remove(Attention::TABLE_STORES);
-            return Ok(Some(Exit::TableWritten(std::mem::take(&mut core.table_stores))));
+            return Ok(Leave(Exit::TableWritten(std::mem::take(&mut core.table_stores))));
         }
         if core.attention.contains(Attention::EVENT) {
             return self.deliver_event();
         }
         if core.attention.intersects(Attention::TRANSIENT | Attention::CODE_WRITE) {
-            return Ok(None);
+            return Ok(Run);
         }
         if core.attention.contains(Attention::NMI)
             && !core.nmi_blocked
@@ -233,38 +261,32 @@ impl SoftCpu {
         }
         if core.attention.contains(Attention::WINDOW) && core.interruptible() {
             core.attention.remove(Attention::WINDOW);
-            return Ok(Some(Exit::InterruptWindow));
+            return Ok(Leave(Exit::InterruptWindow));
         }
         if core.attention.contains(Attention::HALTED) {
-            return Ok(Some(Exit::Hlt { interruptible: core.flags.has(bit::IF) }));
+            return Ok(Leave(Exit::Hlt { interruptible: core.flags.has(bit::IF) }));
         }
         if core.attention.contains(Attention::DEBUG) && core.instruction_breakpoint() {
             self.except();
-            return self.deliver_event();
+            return Ok(Again);
         }
-        Ok(None)
+        Ok(Run)
     }
 
-    fn deliver_event(&mut self) -> Result<Option<Exit>, VcpuError> {
-        // Each failed delivery makes the event worse (exception → double fault → shutdown), so this ends.
-        while self.core.attention.contains(Attention::EVENT) {
-            match self.core.deliver() {
-                Ok(()) => {
-                    self.core.end_transient();
-                    self.core.attention.remove(Attention::EVENT | Attention::SHADOW | Attention::CODE_WRITE);
-                    self.core.event = None;
-                    for (hpa, len) in std::mem::take(&mut self.core.code_writes_done) {
-                        self.code.invalidate(&mut self.core, hpa, len);
-                    }
+    /// Delivers the event once. What fails on the way makes it worse (exception → double fault → shutdown) or replaces it.
+    fn deliver_event(&mut self) -> Result<Attended, VcpuError> {
+        match self.core.deliver() {
+            Ok(()) => {
+                self.core.end_transient();
+                self.core.attention.remove(Attention::EVENT | Attention::SHADOW | Attention::CODE_WRITE);
+                self.core.event = None;
+                for (hpa, len) in std::mem::take(&mut self.core.code_writes_done) {
+                    self.code.invalidate(&mut self.core, hpa, len);
                 }
-                Err(stop) => {
-                    if let Some(exit) = self.stopped(stop)? {
-                        return Ok(Some(exit));
-                    }
-                }
+                Ok(Attended::Again)
             }
+            Err(stop) => Ok(self.stopped(stop)?.map_or(Attended::Again, Attended::Leave)),
         }
-        Ok(self.core.attention.contains(Attention::SHUTDOWN).then_some(Exit::TripleFault))
     }
 
     /// Drops blocks whose bytes were written by anything but this CPU.

@@ -192,6 +192,9 @@ impl Core {
         let saved = self.regs[4];
         let frame =
             [self.flags.all() & 0xffff, u64::from(self.segments[seg::CS].selector), self.return_ip(event)];
+        for i in 1..=frame.len() as u64 {
+            self.check_push(saved.wrapping_sub(2 * i), 2, 0)?;
+        }
         for word in frame {
             if let Err(stop) = self.push(word & 0xffff, 2) {
                 self.regs[4] = saved;
@@ -209,9 +212,7 @@ impl Core {
     }
 
     fn deliver_protected(&mut self, event: &Event) -> Result<(), Stop> {
-        if self.v86() && event.kind.is_software() && event.vector != 3 && self.flags.iopl() < 3 {
-            return Err(self.gp(0));
-        }
+        // Whether INT n is permitted in virtual-8086 mode the instruction itself has seen to; INT3 and INTO always are.
         let gate = self.read_gate(event)?;
         if gate.kind == 5 {
             return self.deliver_through_task(event, gate.selector);
@@ -222,7 +223,8 @@ impl Core {
         }
         let code_error = (gate.selector & !3) | external;
         let Some(descriptor) = self.read_descriptor(gate.selector)? else { return Err(self.gp(code_error)) };
-        let target = descriptor.segment(gate.selector);
+        // With the accessed bit, which is set below and may be set already when delivery is done anew after an exit.
+        let target = descriptor.segment_accessed(gate.selector);
         if !target.is_code() || target.dpl() > self.cpl {
             return Err(self.gp(code_error));
         }
@@ -305,19 +307,18 @@ impl Core {
             Some(self.return_ip(event)),
             event.code.map(u64::from),
         ];
+        if !guestmem::Gva(gate.offset).is_canonical(self.paging.linear_bits()) {
+            return Err(self.gp(event.kind.external()));
+        }
         // The frame is pushed with the new privilege: a kernel stack is no user page's business.
         let old_cpl = self.cpl;
+        let mode64 = std::mem::replace(&mut self.mode64, true);
         self.set_cpl(new_cpl);
-        for word in frame.into_iter().flatten() {
-            rsp = rsp.wrapping_sub(8);
-            if let Err(stop) = self.push_frame(rsp, word, 8, event) {
-                self.set_cpl(old_cpl);
-                return Err(stop);
-            }
-        }
-        if !guestmem::Gva(gate.offset).is_canonical(self.paging.linear_bits()) {
+        let pushed = self.push_frame(&mut rsp, &frame, event);
+        self.mode64 = mode64;
+        if let Err(stop) = pushed {
             self.set_cpl(old_cpl);
-            return Err(self.gp(event.kind.external()));
+            return Err(stop);
         }
         self.regs[4] = rsp;
         if switch {
@@ -332,15 +333,24 @@ impl Core {
         Ok(())
     }
 
-    /// Writes one word of a frame in 64-bit mode; a non-canonical stack is a stack fault.
-    fn push_frame(&mut self, at: u64, word: u64, size: usize, event: &Event) -> Result<(), Stop> {
-        if !guestmem::Gva(at).is_canonical(self.paging.linear_bits()) {
-            return Err(self.ss(event.kind.external()));
+    /// Pushes a frame in 64-bit mode; a non-canonical stack is a stack fault. Every word is checked before the first is
+    /// written: what delivery reads (IDT, GDT, TSS) may lie where the frame goes, and must be the same when delivery
+    /// is done anew after an exit.
+    fn push_frame(&mut self, rsp: &mut u64, frame: &[Option<u64>], event: &Event) -> Result<(), Stop> {
+        let bits = self.paging.linear_bits();
+        let mut at = *rsp;
+        for _ in frame.iter().flatten() {
+            at = at.wrapping_sub(8);
+            if !guestmem::Gva(at).is_canonical(bits) {
+                return Err(self.ss(event.kind.external()));
+            }
+            self.check_write(at, 8, seg::SS as u8)?;
         }
-        let mode64 = std::mem::replace(&mut self.mode64, true);
-        let done = self.store_bytes(at, &word.to_le_bytes()[..size], seg::SS as u8);
-        self.mode64 = mode64;
-        done
+        for &word in frame.iter().flatten() {
+            *rsp = rsp.wrapping_sub(8);
+            self.store::<u64>(*rsp, word, seg::SS as u8)?;
+        }
+        Ok(())
     }
 
     fn tss_stack64(&mut self, offset: u64, event: &Event) -> Result<u64, Stop> {
@@ -392,18 +402,11 @@ impl Core {
         }
         // The pushes go to the new stack with the new privilege; all of it is put back if one of them stops.
         let saved = (self.segments[seg::SS], self.regs[4], self.cpl, self.flags);
-        let mask = if ss.big() { 0xffff_ffff } else { 0xffff };
         self.flags.remove(bit::VM);
         self.segments[seg::SS] = ss;
         self.set_cpl(new_cpl);
-        let mut pushed = Ok(());
-        for word in frame {
-            sp = sp.wrapping_sub(size) & mask;
-            pushed = self.push_legacy(sp, word, size as usize, switch.then_some(ss.selector & !3 | external));
-            if pushed.is_err() {
-                break;
-            }
-        }
+        let error = if switch { ss.selector & !3 | external } else { external };
+        let pushed = self.push_legacy(&mut sp, &frame, size, error);
         if let Err(stop) = pushed {
             (self.segments[seg::SS], self.regs[4], _, self.flags) = saved;
             self.set_cpl(saved.2);
@@ -419,18 +422,28 @@ impl Core {
         Ok(())
     }
 
-    /// Writes one word of a frame; beyond the limit of a freshly loaded stack the error code names that stack.
-    fn push_legacy(&mut self, sp: u64, word: u64, size: usize, ss_error: Option<u16>) -> Result<(), Stop> {
-        let lin = match crate::exec::address::checked(self, seg::SS as u8, sp, size as u64, true) {
-            Ok(lin) => lin,
-            Err(stop) => {
-                return Err(match ss_error {
-                    Some(error) => self.ss(error),
-                    None => stop,
-                });
-            }
+    /// Pushes a frame of words of `size` bytes, checking all of them first as [`Self::push_frame`] does. `error` is for a
+    /// stack that is too small.
+    fn push_legacy(&mut self, sp: &mut u64, frame: &[u64], size: u64, error: u16) -> Result<(), Stop> {
+        let mask = self.stack_mask();
+        for i in 1..=frame.len() as u64 {
+            self.check_push(sp.wrapping_sub(size * i), size, error)?;
+        }
+        for word in frame {
+            *sp = sp.wrapping_sub(size) & mask;
+            let lin = self.segments[seg::SS].base.wrapping_add(*sp) & 0xffff_ffff;
+            self.store_bytes(lin, &word.to_le_bytes()[..size as usize], seg::SS as u8)?;
+        }
+        Ok(())
+    }
+
+    /// Stops as a push of `size` bytes to SS:`sp` would outside 64-bit mode; `error` goes with #SS.
+    fn check_push(&mut self, sp: u64, size: u64, error: u16) -> Result<(), Stop> {
+        let sp = sp & self.stack_mask();
+        let Ok(lin) = crate::exec::address::checked(self, seg::SS as u8, sp, size, true) else {
+            return Err(self.ss(error));
         };
-        self.store_bytes(lin, &word.to_le_bytes()[..size], seg::SS as u8)
+        self.check_write(lin, size, seg::SS as u8)
     }
 
     fn finish_gate(&mut self, gate: &Gate, mut target: Segment, new_cpl: u8) {

@@ -127,7 +127,8 @@ impl Core {
         if lin & 0xfff <= PAGE_SIZE - len && self.tlb.write.lookup(lin, self.tlb.key).is_some() {
             return Ok(());
         }
-        for (at, part) in self.pieces(lin, len) {
+        self.check_canonical(lin, len, Who::Current, segment)?;
+        for (at, part) in self.pieces(lin, len, Who::Current) {
             let target = self.translate(at, AccessKind::Write, Who::Current, segment, len)?;
             self.check_code(target, part)?;
         }
@@ -136,7 +137,8 @@ impl Core {
 
     /// Stops as a read of `len` bytes would.
     pub fn check_read(&mut self, lin: u64, len: u64, segment: SegIndex) -> Result<(), Stop> {
-        for (at, _) in self.pieces(lin, len) {
+        self.check_canonical(lin, len, Who::Current, segment)?;
+        for (at, _) in self.pieces(lin, len, Who::Current) {
             self.translate(at, AccessKind::Read, Who::Current, segment, len)?;
         }
         Ok(())
@@ -179,9 +181,10 @@ impl Core {
     /// Reads bytes on behalf of `who`.
     pub fn load_as(&mut self, lin: u64, out: &mut [u8], who: Who, segment: SegIndex) -> Result<(), Stop> {
         let len = out.len() as u64;
+        self.check_canonical(lin, len, who, segment)?;
         let mut targets = [(Target::Mmio(Gpa(0)), 0u64); 2];
         let mut count = 0;
-        for (at, part) in self.pieces(lin, len) {
+        for (at, part) in self.pieces(lin, len, who) {
             targets[count] = (self.translate(at, AccessKind::Read, who, segment, len)?, part);
             count += 1;
         }
@@ -202,9 +205,10 @@ impl Core {
     /// Writes bytes on behalf of `who`.
     pub fn store_as(&mut self, lin: u64, data: &[u8], who: Who, segment: SegIndex) -> Result<(), Stop> {
         let len = data.len() as u64;
+        self.check_canonical(lin, len, who, segment)?;
         let mut targets = [(Target::Mmio(Gpa(0)), 0u64); 2];
         let mut count = 0;
-        for (at, part) in self.pieces(lin, len) {
+        for (at, part) in self.pieces(lin, len, who) {
             let target = self.translate(at, AccessKind::Write, who, segment, len)?;
             self.check_code(target, part)?;
             targets[count] = (target, part);
@@ -235,12 +239,33 @@ impl Core {
         Ok(())
     }
 
-    /// The parts of an access on either side of a page boundary. Outside 64-bit mode addresses wrap at 4 GiB.
+    /// Whether linear addresses of such an access have 64 bits. The CPU's own are 64 bits wide in all of long mode.
     #[inline]
-    fn pieces(&self, lin: u64, len: u64) -> impl Iterator<Item = (u64, u64)> + use<> {
+    fn wide(&self, who: Who) -> bool {
+        self.mode64 || who == Who::System && self.long_mode()
+    }
+
+    /// An address that is not canonical stops the access before any of its pages is looked at: on either side of a page
+    /// boundary, so that the second half's #GP comes before the first half's #PF.
+    #[inline]
+    fn check_canonical(&mut self, lin: u64, len: u64, who: Who, segment: SegIndex) -> Result<(), Stop> {
+        if !self.wide(who) {
+            return Ok(());
+        }
+        let bits = self.paging.linear_bits();
+        let last = lin.wrapping_add(len.saturating_sub(1));
+        if Gva(lin).is_canonical(bits) && Gva(last).is_canonical(bits) {
+            return Ok(());
+        }
+        Err(if usize::from(segment) == seg::SS { self.ss(0) } else { self.gp(0) })
+    }
+
+    /// The parts of an access on either side of a page boundary. Addresses of 32 bits wrap at 4 GiB.
+    #[inline]
+    fn pieces(&self, lin: u64, len: u64, who: Who) -> impl Iterator<Item = (u64, u64)> + use<> {
         let first = (PAGE_SIZE - (lin & 0xfff)).min(len);
         let mut second = lin.wrapping_add(first);
-        if !self.mode64 && lin >> 32 == 0 {
+        if !self.wide(who) {
             second &= 0xffff_ffff;
         }
         [(lin, first), (second, len - first)].into_iter().filter(|&(_, part)| part != 0)
@@ -418,6 +443,9 @@ impl Core {
                 let result = walk_nested(&self.paging, gva, access, &mut nested);
                 self.counters.add(Counter::WalkReferences, nested.references());
                 self.absent = absent;
+                if memory.host().code_was_written() {
+                    self.attention.insert(Attention::HOST_WRITES);
+                }
                 match result {
                     Ok(t) => {
                         let global = t.guest.global && self.paging.controls().global;

@@ -96,6 +96,9 @@ impl Core {
         self.event = None;
         self.end_transient();
         self.table_stores.clear();
+        self.code_writes_done.clear();
+        self.exit = None;
+        self.native.forget_instruction();
         self.flags.set_all(state.rflags);
         // Outside protected mode and in virtual-8086 mode the CPL is fixed; else it is SS.DPL.
         self.cpl = if self.flags.has(bit::VM) {
