@@ -485,6 +485,7 @@ fn the_guests_own_tsc_reaches_the_local_apic() {
         "the CPU adds the offset"
     );
     assert_eq!(stage.machine.chipset().tsc(1001), 501);
+    assert_eq!(stage.count(Counter::ExitTsc), 1);
 }
 
 #[test]

@@ -34,9 +34,9 @@ fn bad_usage_is_status_2_with_a_sentence() {
         (&["run"][..], "--kernel"),
         (&["run", "--guest", "hello", "--memory", "0"], "no memory"),
         (&["run", "--guest", "hello", "--memory", "1"], "2 MiB"),
-        (&["run", "--guest", "hello", "--memory", "9999999T"], "larger than any machine"),
+        (&["run", "--guest", "hello", "--memory", "99999999T"], "larger than any machine"),
         (&["run", "--guest", "hello", "--memory", "400G"], "more than"),
-        (&["run", "--guest", "hello", "--memory", "-1"], "--memory"),
+        (&["run", "--guest", "hello", "--memory=-1"], "not a size"),
         (&["run", "--guest", "hello", "--table-memory", "4K"], "table memory"),
         (&["run", "--guest", "no-such-guest"], "no embedded guest"),
         (&["run", "--guest", "hello", "--cpu", "kvm"], "not built into this version"),
@@ -103,7 +103,9 @@ fn limits_are_status_124() {
 fn a_signal_ends_a_guest_with_its_report() {
     let endless = guests::hostile().iter().find(|guest| guest.ending == guests::Ending::Endless);
     let endless = endless.expect("there is a guest that runs for ever").name;
-    for (signal, words) in [("-INT", &["run", "--guest", endless][..]), ("-TERM", &["run", "--guest", endless])] {
+    for (signal, words) in
+        [("-INT", &["run", "--guest", endless][..]), ("-TERM", &["run", "--guest", endless])]
+    {
         let child = Command::new(env!("CARGO_BIN_EXE_antumbra"))
             .args(words)
             .stdin(Stdio::null())
@@ -112,12 +114,16 @@ fn a_signal_ends_a_guest_with_its_report() {
             .spawn()
             .expect("it starts");
         std::thread::sleep(std::time::Duration::from_millis(1500));
-        let killed = Command::new("kill").args([signal, &child.id().to_string()]).status().expect("kill(1) is there");
+        let killed =
+            Command::new("kill").args([signal, &child.id().to_string()]).status().expect("kill(1) is there");
         assert!(killed.success());
         let output = child.wait_with_output().expect("it ends");
         assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
         let said = stderr(&output);
-        assert!(said.contains("interrupted by a signal") && said.contains("Counts (the same in every run)"), "{said}");
+        assert!(
+            said.contains("interrupted by a signal") && said.contains("Counts (the same in every run)"),
+            "{said}"
+        );
     }
 }
 
@@ -128,8 +134,8 @@ fn reports_have_fixed_keys_and_can_be_shown_again() {
     let first = status(&["run", "--guest", "hello", "--mmu", "shadow", "--report", file], 33);
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let top: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
-    let mut wanted =
-        ["version", "machine", "end", "sentence", "status", "counts", "rates", "times", "notes"].map(String::from);
+    let mut wanted = ["version", "machine", "end", "sentence", "status", "counts", "rates", "times", "notes"]
+        .map(String::from);
     wanted.sort();
     let mut sorted = top;
     sorted.sort();
@@ -161,10 +167,21 @@ fn counts_repeat_and_times_are_elsewhere() {
 #[test]
 fn compare_puts_the_backends_side_by_side() {
     let path = scratch("compare.json");
-    let words = ["compare", "--guest", "forkwait", "--also-without", "large-pages", "--report", path.to_str().unwrap()];
+    let words = [
+        "compare",
+        "--guest",
+        "forkwait",
+        "--also-without",
+        "large-pages",
+        "--report",
+        path.to_str().unwrap(),
+    ];
     let output = status(&words, 33);
     let said = stdout(&output);
-    assert!(said.contains("soft/shadow") && said.contains("soft/ept") && said.contains("large-pages=off"), "{said}");
+    assert!(
+        said.contains("soft/shadow") && said.contains("soft/ept") && said.contains("large-pages=off"),
+        "{said}"
+    );
     assert!(said.contains("output: the same in every run"), "{said}");
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     assert_eq!(json["runs"].as_array().unwrap().len(), 3);
@@ -208,7 +225,11 @@ fn the_main_job_is_what_runs_without_a_word() {
     let output = status(&["--report", path.to_str().unwrap()], 0);
     let said = stdout(&output);
     for guest in guests::list() {
-        assert_eq!(said.lines().filter(|line| line.split_whitespace().next() == Some(guest.name)).count(), 2, "{said}");
+        assert_eq!(
+            said.lines().filter(|line| line.split_whitespace().next() == Some(guest.name)).count(),
+            2,
+            "{said}"
+        );
     }
     assert!(said.contains("all passed"), "{said}");
     let shown = status(&["report", path.to_str().unwrap()], 0);

@@ -18,21 +18,16 @@ const WORDS: &str = "console=ttyS0 cryptomgr.notests=1 panic=-1";
 /// A boot is about half a thousand million instructions.
 const LIMIT: u64 = 8_000_000_000;
 
-/// What this machine does not have, the kernel says as a warning. Nothing else may be one.
-const EXPECTED_WARNINGS: [&str; 3] = [
-    "PCI: Fatal: No config space access function found",
-    "PCI: System does not support PCI",
-    "i8042: PNP: PS/2 appears to have AUX port disabled",
-];
-
 fn file(name: &str) -> Option<Vec<u8>> {
     let given = std::env::var_os("ANTUMBRA_LINUX_DIR").filter(|dir| !dir.is_empty());
-    let folder = given.map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/linux"), PathBuf::from);
+    let folder =
+        given.map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/linux"), PathBuf::from);
     let path = folder.join(name);
     match std::fs::read(&path) {
         Ok(bytes) => Some(bytes),
         Err(error) => {
-            let say = format!("SKIP linux boot: {} ({error}); make it by guests/linux/make.sh\n", path.display());
+            let say =
+                format!("SKIP linux boot: {} ({error}); make it by guests/linux/make.sh\n", path.display());
             assert!(std::env::var_os("CI").is_none(), "{say}");
             // Past the test harness, which keeps the output of tests that pass to itself.
             let _said = std::io::stderr().write_all(say.as_bytes());
@@ -74,10 +69,7 @@ fn worked(ran: &Ran) {
     assert_eq!(ran.serial.matches("ANTUMBRA: hash ").count(), 4, "{}", ran.serial);
     assert_eq!(ran.end(), End::PowerOff);
     assert_eq!(ran.report.status, 0);
-    let unexpected = |line: &&str| {
-        line.starts_with("ANTUMBRA: kernel-warning:") && !EXPECTED_WARNINGS.iter().any(|known| line.contains(known))
-    };
-    let warnings: Vec<_> = ran.serial.lines().filter(unexpected).collect();
+    let warnings: Vec<_> = ran.serial.lines().filter(|line| line.contains("kernel-warning:")).collect();
     assert!(warnings.is_empty(), "{warnings:#?}");
 }
 
@@ -122,14 +114,6 @@ on_each_backend! {
         assert_eq!(ran.end(), End::PowerOff);
     }
 
-    fn the_kernels_own_memory_test_finds_nothing(mmu) {
-        let Some(config) = boot(mmu, 96 << 20, "memtest=1 antumbra.stop=marker") else { return };
-        let ran = run(config);
-        has(&ran, "early_memtest: # of tests: 1");
-        has(&ran, "ANTUMBRA: user space reached");
-        assert!(!ran.serial.contains("bad mem addr"), "{}", ran.serial);
-    }
-
     fn a_kernel_is_entered_by_pvh_too(mmu) {
         let (Some(config), Some(vmlinux)) = (boot(mmu, 256 << 20, "antumbra.stop=marker"), file("vmlinux")) else {
             return;
@@ -162,7 +146,7 @@ on_each_backend! {
             let ran = run(MachineConfig {
                 cmdline: "console=ttyS0,115200 nopause nobench nosm nosmp nobigstatus keyboard=legacy".into(),
                 memory: 8 << 20,
-                limits: Limits { instructions: Some(1_500_000_000), seconds: None },
+                limits: Limits { instructions: Some(2_200_000_000), seconds: None },
                 ..MachineConfig::new(image, kernel).with_mmu(mmu)
             });
             assert!(matches!(ran.end(), End::InstructionLimit { .. }), "{image}: {}", ran.end());
@@ -170,7 +154,7 @@ on_each_backend! {
             for wanted in ["Memtest86+ v", "Status: Testing", "Errors: 0"] {
                 assert!(screen.contains(wanted), "{image}: '{wanted}' is missing\n{screen}");
             }
-            // Test 0 and a later one: the memory was really gone through.
+            // Test 0 and a later one, which the screen shows after two seconds of guest time: it really gets on.
             assert!(screen.contains("#0  [") && (1..10).any(|n| screen.contains(&format!("#{n}  ["))), "{image}\n{screen}");
             for bad in ["Failing Address", "Status: Failed", "Unexpected interrupt"] {
                 assert!(!screen.contains(bad), "{image}: {bad}\n{screen}");
@@ -184,7 +168,10 @@ fn both_backends_give_the_kernel_the_same_machine() {
     let (Some(shadow), Some(ept)) = (reference(MmuKind::Shadow), reference(MmuKind::Ept)) else { return };
     assert_eq!(shadow.course(), ept.course());
     let cost = |ran: &Ran, counter| ran.report.counts.get(counter);
-    assert!(shadow.report.counts.exits > 2 * ept.report.counts.exits, "shadow paging is the one with the exits");
+    assert!(
+        shadow.report.counts.exits > 2 * ept.report.counts.exits,
+        "shadow paging is the one with the exits"
+    );
     assert!(cost(shadow, Counter::ExitCr3Load) > 1000);
     assert_eq!(cost(ept, Counter::ExitCr3Load), 0);
     assert_eq!(cost(shadow, Counter::GuestPageFaults), cost(ept, Counter::GuestPageFaults));
@@ -194,11 +181,14 @@ fn both_backends_give_the_kernel_the_same_machine() {
 
 #[test]
 fn shadow_paging_boots_a_kernel_without_its_optimisations_and_with_few_tables() {
-    let (Some(whole), Some(config)) = (reference(MmuKind::Shadow), boot(MmuKind::Shadow, 256 << 20, "")) else { return };
+    let (Some(whole), Some(config)) = (reference(MmuKind::Shadow), boot(MmuKind::Shadow, 256 << 20, ""))
+    else {
+        return;
+    };
     let mut plain = config.clone();
     plain.mmu_options.set(MmuKind::Shadow, "all", false).unwrap();
     assert_eq!(run(plain).course(), whole.course());
-    let small = run(MachineConfig { table_memory: 512 << 10, ..config });
+    let small = run(MachineConfig { table_memory: 256 << 10, ..config });
     assert_eq!(small.course(), whole.course());
     assert!(small.report.counts.get(Counter::ShadowPagesReclaimed) > 0, "the pool was never full");
 }
