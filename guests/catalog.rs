@@ -140,6 +140,11 @@ pub const CATALOG: &[Entry] = &[
         "device registers by every kind of instruction: memory-mapped, port and string I/O",
     ),
     guest(
+        "fpu-sse",
+        Group::Instructions,
+        "x87, MMX and SSE results, state saved and restored, lazy switching by CR0.TS",
+    ),
+    guest(
         "instr",
         Group::Instructions,
         "integer instructions at their corner cases: results, flags, bit strings, string operations",

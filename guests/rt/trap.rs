@@ -57,6 +57,10 @@ impl Fault {
 /// A handler: true when the interrupted code shall go on from the frame.
 pub type Handler = fn(&mut Frame) -> bool;
 
+/// CR0.TS, when the way out of a handler shall set it: a handler that switches tasks cannot do so itself, because its own
+/// caller has still to restore the interrupted registers.
+pub static TS_AT_EXIT: Global<u64> = Global::new(0);
+
 static HANDLERS: Global<[Option<Handler>; 256]> = Global::new([None; 256]);
 static GUARD: Global<u64> = Global::new(0);
 static LAST: Global<Fault> = Global::new(Fault {
@@ -141,6 +145,7 @@ trap_common:
     call {dispatch}
     fxrstor64 [rsp]
     mov rsp, rbp
+    or r12, [{ts}]
     test r12b, 0x0c
     jz 3f
     mov cr0, r12
@@ -194,6 +199,7 @@ guard_resume:
 "#,
     dispatch = sym dispatch,
     guard = sym GUARD,
+    ts = sym TS_AT_EXIT,
 );
 
 unsafe extern "C" {
