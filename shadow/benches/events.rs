@@ -38,9 +38,9 @@ fn guest(options: Options) -> Guest {
     }
     put(0x10_2000, 0x10_3000 | RW);
     for table in 0..16 {
-        put(0x10_3000 + table * 8, 0x11_0000 + table * 0x1000 | RW);
+        put(0x10_3000 + table * 8, (0x11_0000 + table * 0x1000) | RW);
         for page in 0..512 {
-            put(0x11_0000 + table * 0x1000 + page * 8, 32 * MIB + (table * 512 + page) * 0x1000 | RW);
+            put(0x11_0000 + table * 0x1000 + page * 8, (32 * MIB + (table * 512 + page) * 0x1000) | RW);
         }
     }
     put(0x10_3000 + 16 * 8, 0x12_0000 | RW);
@@ -68,7 +68,7 @@ impl Guest {
         let Ok(Backing::Memory { frame, .. }) = self.memory.backing(Gpa(gpa).frame()) else { return };
         let hpa = frame.base().wrapping_add(gpa & 0xfff);
         self.memory.host().write_u64(hpa, raw);
-        black_box(self.mmu.guest_table_written(Gpa(gpa), 8).expect("the host does not fail"));
+        let _ = black_box(self.mmu.guest_table_written(Gpa(gpa), 8).expect("the host does not fail"));
     }
 }
 
@@ -76,7 +76,7 @@ fn events(c: &mut Criterion) {
     let full = |options: Options| {
         let mut g = guest(options);
         for page in 0..16 * 512 {
-            black_box(g.fault(page * 0x1000, PfCode::empty(), AccessKind::Write));
+            let _ = black_box(g.fault(page * 0x1000, PfCode::empty(), AccessKind::Write));
         }
         g
     };
@@ -85,13 +85,13 @@ fn events(c: &mut Criterion) {
             || {
                 let mut g = guest(Options::default());
                 for table in 0..16 {
-                    black_box(g.fault(table << 21, PfCode::empty(), AccessKind::Write));
+                    let _ = black_box(g.fault(table << 21, PfCode::empty(), AccessKind::Write));
                 }
                 (g, 0)
             },
             |(g, page)| {
                 *page = (*page + 1) % (16 * 512);
-                black_box(g.fault(*page * 0x1000, PfCode::empty(), AccessKind::Write))
+                let _ = black_box(g.fault(*page * 0x1000, PfCode::empty(), AccessKind::Write))
             },
             BatchSize::NumIterations(8000),
         );
@@ -108,7 +108,7 @@ fn events(c: &mut Criterion) {
             let mut i = 0;
             b.iter(|| {
                 i = (i + 1) % (16 * 512);
-                let other = 32 * MIB + (i * 7 % 8192) * 0x1000 | RW;
+                let other = (32 * MIB + (i * 7 % 8192) * 0x1000) | RW;
                 g.store(0x11_0000 + i * 8, other);
             });
         });
@@ -124,7 +124,7 @@ fn events(c: &mut Criterion) {
     });
     c.bench_function("device access by its marker", |b| {
         let mut g = full(Options::default());
-        black_box(g.fault(16 << 21, PfCode::empty(), AccessKind::Write));
+        let _ = black_box(g.fault(16 << 21, PfCode::empty(), AccessKind::Write));
         let code = PfCode::PRESENT | PfCode::RESERVED;
         b.iter(|| black_box(g.fault(16 << 21, code, AccessKind::Write)));
     });
@@ -134,7 +134,7 @@ fn events(c: &mut Criterion) {
             g.store(0x10_2000, 0);
             g.store(0x10_2000, 0x10_3000 | RW);
             for table in 0..16 {
-                black_box(g.fault(table << 21, PfCode::empty(), AccessKind::Write));
+                let _ = black_box(g.fault(table << 21, PfCode::empty(), AccessKind::Write));
             }
         });
     });
