@@ -16,6 +16,7 @@ pub mod decode;
 pub mod engine;
 pub mod exceptions;
 pub mod exec;
+pub mod features;
 pub mod flags;
 pub mod memory;
 pub mod model;

@@ -1,152 +1,178 @@
-//! The CPU model: what CPUID says and what the CPU therefore executes (SDM Vol. 2, CPUID; AMD APM Vol. 3 appendix E). One
-//! fixed, named model by default, so that a run does not depend on the host.
+//! The CPU model: what CPUID says and what the CPU therefore executes (SDM Vol. 2, CPUID; AMD APM Vol. 3 appendix E).
 //!
-//! `antumbra-v2` is an x86-64-v2 processor without AVX or XSAVE. It calls itself an AMD one of family 15, so that a stock
-//! kernel leaves page-table isolation off: with it every kernel entry would load CR3, and shadow paging would be
-//! measured against a mitigation that this CPU does not need.
+//! It stands before decoding: [`crate::exec::select`] asks it for each decoded instruction, CR4 writes ask it for the
+//! mask, CPUID for its leaves. A model is fixed data with a name, so that a run does not depend on the host; the host
+//! must only be able to execute what the model declares.
+//!
+//! `antumbra-v2` is an x86-64-v2 processor without AVX and XSAVE. It calls itself an AMD one of family 17, so that a
+//! stock kernel leaves page-table isolation off: with it every kernel entry would load CR3, and shadow paging would be
+//! measured against a mitigation that this CPU does not need. Later families of AMD's bring mitigations of their own,
+//! earlier ones workarounds for errata. `antumbra-max` adds all else that the software CPU has, five-level paging and
+//! protection keys among it.
 
-use iced_x86::{CpuidFeature, Instruction, Mnemonic};
+use crate::features::{ALWAYS, ALWAYS_CR4, BEYOND, Feature, Place, V2, X86_64};
+use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic};
+
+/// What tells one model from another.
+#[derive(Debug)]
+struct Definition {
+    name: &'static str,
+    vendor: &'static [u8; 12],
+    /// At most 48 bytes; leaves 0x8000_0002 to 4.
+    brand: &'static str,
+    /// Family, model and stepping as leaf 1 EAX has them.
+    signature: u32,
+    microcode: u32,
+    tsc_hz: u64,
+    phys_bits: u8,
+    features: &'static [&'static [Feature]],
+}
+
+const MODELS: &[Definition] = &[
+    Definition {
+        name: "antumbra-v2",
+        vendor: AMD,
+        brand: "Antumbra software CPU v2",
+        signature: 0x0020_0f31,
+        microcode: 0x0100_0065,
+        tsc_hz: 1_000_000_000,
+        phys_bits: 46,
+        features: &[X86_64, V2],
+    },
+    Definition {
+        name: "antumbra-max",
+        vendor: AMD,
+        brand: "Antumbra software CPU max",
+        signature: 0x0020_0f31,
+        microcode: 0x0100_0065,
+        tsc_hz: 1_000_000_000,
+        phys_bits: 46,
+        features: &[X86_64, V2, BEYOND],
+    },
+];
+
+const AMD: &[u8; 12] = b"AuthenticAMD";
+/// What a guest finds in leaf 0x4000_0000, where hypervisors give their name.
+const HYPERVISOR: &[u8; 12] = b"AntumbraVMM\0";
+const LAST_LEAF: u32 = 7;
+const LAST_HYPERVISOR_LEAF: u32 = 0x4000_0000;
+/// AMD's highest here is that of the bits that spare a kernel workarounds.
+const LAST_EXTENDED_LEAF: u32 = 0x8000_0021;
+/// The bits of leaf 1 EDX that AMD repeats in leaf 0x8000_0001 EDX.
+const REPEATED: u32 = 0x0183_f3ff;
 
 /// A CPU model.
 #[derive(Clone, Debug)]
 pub struct CpuModel {
-    name: &'static str,
-    tsc_hz: u64,
+    definition: &'static Definition,
+    /// A bit for each [`CpuidFeature`] whose instructions exist.
+    instructions: [u64; 4],
+    cr4: u64,
 }
-
-/// Leaf 1 ECX: SSE3 PCLMULQDQ SSSE3 CMPXCHG16B PCID SSE4.1 SSE4.2 x2APIC MOVBE POPCNT TSC-deadline AES RDRAND-less,
-/// hypervisor.
-const LEAF1_ECX: u32 = 1
-    | 1 << 1
-    | 1 << 9
-    | 1 << 13
-    | 1 << 17
-    | 1 << 19
-    | 1 << 20
-    | 1 << 21
-    | 1 << 22
-    | 1 << 23
-    | 1 << 24
-    | 1 << 25
-    | 1 << 31;
-/// Leaf 1 EDX: FPU DE PSE TSC MSR PAE CX8 APIC SEP MTRR PGE CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2.
-const LEAF1_EDX: u32 = 1
-    | 1 << 2
-    | 1 << 3
-    | 1 << 4
-    | 1 << 5
-    | 1 << 6
-    | 1 << 8
-    | 1 << 9
-    | 1 << 11
-    | 1 << 12
-    | 1 << 13
-    | 1 << 15
-    | 1 << 16
-    | 1 << 17
-    | 1 << 19
-    | 1 << 23
-    | 1 << 24
-    | 1 << 25
-    | 1 << 26;
-/// Leaf 7 EBX: FSGSBASE SMEP INVPCID SMAP CLFLUSHOPT CLWB.
-const LEAF7_EBX: u32 = 1 | 1 << 7 | 1 << 10 | 1 << 20 | 1 << 23;
-/// Leaf 7 ECX: UMIP.
-const LEAF7_ECX: u32 = 1 << 2;
-/// Leaf 0x8000_0001 ECX: LAHF in 64-bit mode, CR8 in legacy mode, PREFETCHW.
-const EXT_ECX: u32 = 1 | 1 << 8;
-/// Leaf 0x8000_0001 EDX besides the bits that repeat leaf 1: SYSCALL NX 1-GiB-pages RDTSCP LM.
-const EXT_EDX: u32 = 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29;
-const EXT_EDX_REPEATED: u32 = 0x0183_f3ff;
 
 impl Default for CpuModel {
     fn default() -> Self {
-        Self { name: "antumbra-v2", tsc_hz: 1_000_000_000 }
+        Self::of(&MODELS[0])
     }
 }
 
 impl CpuModel {
-    /// The model of that name.
-    pub fn by_name(name: &str) -> Option<Self> {
-        Self::all().into_iter().find(|m| m.name == name)
+    fn of(definition: &'static Definition) -> Self {
+        let mut model = Self { definition, instructions: [0; 4], cr4: ALWAYS_CR4 };
+        let features = definition.features.iter().copied().flatten();
+        for brought in features.clone().flat_map(|feature| feature.brings).chain(ALWAYS) {
+            let (word, bit) = slot(*brought);
+            model.instructions[word] |= bit;
+        }
+        model.cr4 |= features.fold(0, |bits, feature| bits | feature.cr4);
+        model
     }
 
-    /// Every model.
+    /// The model of that name.
+    pub fn by_name(name: &str) -> Option<Self> {
+        MODELS.iter().find(|d| d.name == name).map(Self::of)
+    }
+
+    /// Every model, the default first.
     pub fn all() -> Vec<Self> {
-        vec![Self::default()]
+        MODELS.iter().map(Self::of).collect()
+    }
+
+    fn features(&self) -> impl Iterator<Item = &'static Feature> {
+        self.definition.features.iter().copied().flatten()
+    }
+
+    fn declares(&self, place: Place, bit: u32) -> bool {
+        self.bits(place) >> bit & 1 != 0
+    }
+
+    fn bits(&self, place: Place) -> u32 {
+        self.features().filter(|f| f.place == place).fold(0, |bits, f| bits | 1 << f.bit)
     }
 
     /// Its name.
     pub fn name(&self) -> &'static str {
-        self.name
+        self.definition.name
     }
 
     /// Frequency of the time-stamp counter.
     pub fn tsc_hz(&self) -> u64 {
-        self.tsc_hz
+        self.definition.tsc_hz
     }
 
     /// The time-stamp counter at a time in ticks (nanoseconds).
     #[inline]
     pub fn ticks_to_tsc(&self, ticks: u64) -> u64 {
-        if self.tsc_hz == 1_000_000_000 {
+        let hz = self.definition.tsc_hz;
+        if hz == 1_000_000_000 {
             return ticks;
         }
-        (u128::from(ticks) * u128::from(self.tsc_hz) / 1_000_000_000) as u64
+        (u128::from(ticks) * u128::from(hz) / 1_000_000_000) as u64
     }
 
     /// MAXPHYADDR.
     pub fn phys_bits(&self) -> u8 {
-        46
+        self.definition.phys_bits
+    }
+
+    /// Width of linear addresses: 57 with five-level paging.
+    pub fn linear_bits(&self) -> u8 {
+        if self.declares(Place::Leaf7Ecx, 16) { 57 } else { 48 }
     }
 
     /// Family, model and stepping: leaf 1 EAX, and EDX after reset.
     pub fn signature(&self) -> u64 {
-        0x0000_0f61
+        u64::from(self.definition.signature)
     }
 
     /// The microcode revision that it claims.
     pub fn microcode(&self) -> u32 {
-        0x0100_0065
+        self.definition.microcode
     }
 
     /// Whether it calls itself an AMD processor.
     pub fn is_amd(&self) -> bool {
-        true
+        self.definition.vendor == AMD
     }
 
     /// Whether it has RDTSCP and IA32_TSC_AUX.
     pub fn has_rdtscp(&self) -> bool {
-        true
+        self.brings(CpuidFeature::RDTSCP)
     }
 
     /// Whether SYSCALL exists outside 64-bit mode: AMD's does.
     pub fn syscall_in_legacy(&self) -> bool {
-        true
+        self.is_amd()
     }
 
-    /// CR4 bits that can be set: TSD DE PSE PAE MCE-less PGE PCE OSFXSR OSXMMEXCPT UMIP FSGSBASE PCIDE SMEP SMAP.
+    /// CR4 bits that can be set.
     pub fn cr4_mask(&self) -> u64 {
-        1 << 2
-            | 1 << 3
-            | 1 << 4
-            | 1 << 5
-            | 1 << 6
-            | 1 << 7
-            | 1 << 8
-            | 1 << 9
-            | 1 << 10
-            | 1 << 11
-            | 1 << 16
-            | 1 << 17
-            | 1 << 20
-            | 1 << 21
+        self.cr4
     }
 
     /// Extensions that are executed by the host's own processor and so must be there.
-    pub fn native_features(&self) -> &'static [CpuidFeature] {
-        use CpuidFeature as F;
-        &[F::SSE3, F::SSSE3, F::SSE4_1, F::SSE4_2, F::AES, F::PCLMULQDQ, F::POPCNT]
+    pub fn native_features(&self) -> Vec<CpuidFeature> {
+        self.features().filter(|f| f.native).flat_map(|f| f.brings).copied().collect()
     }
 
     /// XCR0 bits that can be set.
@@ -154,96 +180,111 @@ impl CpuModel {
         1
     }
 
-    /// Whether the model has the instruction.
-    pub fn has(&self, insn: &Instruction) -> bool {
-        use CpuidFeature as F;
-        // Encodings that are another instruction, or none, on a CPU without the feature are no-ops by design.
-        if matches!(insn.mnemonic(), Mnemonic::Endbr32 | Mnemonic::Endbr64 | Mnemonic::Reservednop) {
-            return true;
-        }
-        insn.cpuid_features().iter().all(|f| {
-            !matches!(
-                f,
-                F::AVX
-                    | F::AVX2
-                    | F::AVX512F
-                    | F::AVX512VL
-                    | F::AVX512BW
-                    | F::AVX512DQ
-                    | F::BMI1
-                    | F::BMI2
-                    | F::LZCNT
-                    | F::ADX
-                    | F::SHA
-                    | F::FMA
-                    | F::F16C
-                    | F::XSAVE
-                    | F::XSAVEOPT
-                    | F::XSAVEC
-                    | F::XSAVES
-                    | F::PKU
-                    | F::RDRAND
-                    | F::RDSEED
-                    | F::MONITOR
-                    | F::MONITORX
-                    | F::RTM
-                    | F::RDPID
-                    | F::SSE4A
-                    | F::TBM
-                    | F::XOP
-                    | F::FMA4
-                    | F::D3NOW
-                    | F::D3NOWEXT
-                    | F::VMX
-                    | F::SVM
-                    | F::GFNI
-                    | F::VAES
-                    | F::VPCLMULQDQ
-                    | F::MOVDIRI
-                    | F::MOVDIR64B
-                    | F::WAITPKG
-                    | F::CLDEMOTE
-                    | F::ENQCMD
-                    | F::CET_IBT
-                    | F::CET_SS
-                    | F::SMX
-                    | F::KL
-            )
-        })
+    fn brings(&self, feature: CpuidFeature) -> bool {
+        let (word, bit) = slot(feature);
+        self.instructions[word] & bit != 0
     }
 
-    /// CPUID: EAX, EBX, ECX, EDX.
-    pub fn leaf(&self, function: u32, index: u32, osxsave: bool, _xcr0: u64) -> [u32; 4] {
-        let brand = b"Antumbra software CPU v2\0";
+    /// Whether the model has the instruction: each feature that the decoder names for it is declared.
+    pub fn has(&self, insn: &Instruction) -> bool {
+        insn.cpuid_features().iter().all(|feature| self.brings(*feature))
+    }
+
+    /// What an encoding is on a processor that lacks the feature which gave it a meaning of its own, where that is not
+    /// #UD: a prefix that means nothing, or a hint among the reserved no-operations (SDM Vol. 2, TZCNT, LZCNT, ENDBR64,
+    /// RDSSPD "Operation"; AMD APM Vol. 3, PREFETCH).
+    pub fn without_feature(&self, insn: &Instruction) -> Option<Code> {
+        use Mnemonic as M;
+        let hint = matches!(
+            insn.mnemonic(),
+            M::Endbr32
+                | M::Endbr64
+                | M::Rdsspd
+                | M::Rdsspq
+                | M::Cldemote
+                | M::Prefetchwt1
+                | M::Prefetchit0
+                | M::Prefetchit1
+                | M::Reservednop
+        );
+        let code = match insn.code() {
+            Code::Tzcnt_r16_rm16 => Code::Bsf_r16_rm16,
+            Code::Tzcnt_r32_rm32 => Code::Bsf_r32_rm32,
+            Code::Tzcnt_r64_rm64 => Code::Bsf_r64_rm64,
+            Code::Lzcnt_r16_rm16 => Code::Bsr_r16_rm16,
+            Code::Lzcnt_r32_rm32 => Code::Bsr_r32_rm32,
+            Code::Lzcnt_r64_rm64 => Code::Bsr_r64_rm64,
+            Code::Wbnoinvd => Code::Wbinvd,
+            _ if hint => Code::Nop_rm32,
+            _ => return None,
+        };
+        (!self.has(insn)).then_some(code)
+    }
+
+    /// CPUID: EAX, EBX, ECX, EDX, as it is with this value in CR4.
+    pub fn leaf(&self, function: u32, index: u32, cr4: u64) -> [u32; 4] {
+        let [vendor_b, vendor_d, vendor_c] = words(self.definition.vendor);
         match function {
-            0 => [7, word(b"Auth"), word(b"cAMD"), word(b"enti")],
+            0 => [LAST_LEAF, vendor_b, vendor_c, vendor_d],
             1 => {
+                let osxsave = u32::from(cr4 & 1 << 18 != 0) << 27;
                 // One logical processor, CLFLUSH of 64 bytes, APIC id 0.
-                [self.signature() as u32, 0x0001_0800, LEAF1_ECX | u32::from(osxsave) << 27, LEAF1_EDX]
+                let ecx = self.bits(Place::Leaf1Ecx) | osxsave;
+                [self.definition.signature, 0x0001_0800, ecx, self.bits(Place::Leaf1Edx)]
             }
-            7 if index == 0 => [0, LEAF7_EBX, LEAF7_ECX, 0],
-            0x8000_0000 => [0x8000_0008, word(b"Auth"), word(b"cAMD"), word(b"enti")],
-            0x8000_0001 => [self.signature() as u32, 0, EXT_ECX, EXT_EDX | LEAF1_EDX & EXT_EDX_REPEATED],
-            0x8000_0002..=0x8000_0004 => {
-                let at = (function - 0x8000_0002) as usize * 16;
-                std::array::from_fn(|i| {
-                    (0..4).fold(0, |v, b| {
-                        let byte = brand.get(at + 4 * i + b).copied().unwrap_or(0);
-                        v | u32::from(byte) << (8 * b)
-                    })
-                })
+            6 => [self.bits(Place::Leaf6Eax), 0, 0, 0],
+            7 if index == 0 => {
+                let ospke = u32::from(cr4 & 1 << 22 != 0) << 4;
+                [0, self.bits(Place::Leaf7Ebx), self.bits(Place::Leaf7Ecx) | ospke, 0]
             }
-            // L1 caches and TLBs, then L2: 64 KiB two-way and 512 KiB, with lines of 64 bytes.
+            0x4000_0000 => {
+                let [b, c, d] = words(HYPERVISOR);
+                [LAST_HYPERVISOR_LEAF, b, c, d]
+            }
+            0x8000_0000 => [LAST_EXTENDED_LEAF, vendor_b, vendor_c, vendor_d],
+            0x8000_0001 => {
+                let repeated = if self.is_amd() { self.bits(Place::Leaf1Edx) & REPEATED } else { 0 };
+                let edx = self.bits(Place::Ext1Edx) | repeated;
+                [self.definition.signature, 0, self.bits(Place::Ext1Ecx), edx]
+            }
+            0x8000_0002..=0x8000_0004 => self.brand_words((function - 0x8000_0002) as usize),
+            // L1 caches and TLBs, then L2 (512 KiB) and no L3, with lines of 64 bytes. Nothing is modelled after them.
             0x8000_0005 => [0x01ff_01ff, 0x01ff_01ff, 0x4002_0140, 0x4002_0140],
             0x8000_0006 => [0, 0x4200_4200, 0x0200_8140, 0],
-            // The time-stamp counter is invariant.
-            0x8000_0007 => [0, 0, 0, 1 << 8],
-            0x8000_0008 => [u32::from(self.phys_bits()) | 48 << 8, 0, 0, 0],
+            0x8000_0007 => [0, 0, 0, self.bits(Place::Ext7Edx)],
+            0x8000_0008 => {
+                let widths = u32::from(self.phys_bits()) | u32::from(self.linear_bits()) << 8;
+                [widths, self.bits(Place::Ext8Ebx), 0, 0]
+            }
+            0x8000_0021 => [self.bits(Place::Ext21Eax), 0, 0, 0],
+            // AMD's answer to leaves that do not exist, beyond the last one too.
             _ => [0; 4],
         }
     }
+
+    fn brand_words(&self, third: usize) -> [u32; 4] {
+        let brand = self.definition.brand.as_bytes();
+        let byte = |at: usize| brand.get(at).copied().unwrap_or(0);
+        std::array::from_fn(|i| {
+            let at = 16 * third + 4 * i;
+            u32::from_le_bytes([byte(at), byte(at + 1), byte(at + 2), byte(at + 3)])
+        })
+    }
 }
 
-fn word(text: &[u8; 4]) -> u32 {
-    u32::from_le_bytes(*text)
+/// Where the feature's bit is in [`CpuModel::instructions`].
+fn slot(feature: CpuidFeature) -> (usize, u64) {
+    let number = feature as usize;
+    (number / 64 % 4, 1 << (number % 64))
 }
+
+/// Twelve characters as three little-endian words.
+fn words(text: &[u8; 12]) -> [u32; 3] {
+    std::array::from_fn(|i| {
+        u32::from_le_bytes([text[4 * i], text[4 * i + 1], text[4 * i + 2], text[4 * i + 3]])
+    })
+}
+
+#[cfg(test)]
+#[path = "model_tests.rs"]
+mod tests;

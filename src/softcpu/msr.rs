@@ -1,5 +1,8 @@
 //! Model-specific registers (SDM Vol. 4). What the CPU does not hold itself goes to the VMM: the local APIC's registers.
-//! What nobody has raises #GP(0), as on hardware.
+//! What nobody has raises #GP(0), as on hardware, and so does a write that sets a reserved bit.
+//!
+//! AMD's own follow the BIOS and Kernel Developer's Guide for family 17. Machine-check registers and performance counters
+//! are not there, as CPUID and RDPMC say.
 
 use crate::core::Core;
 use crate::op::Stop;
@@ -15,7 +18,7 @@ pub mod index {
     pub const APIC_BASE: u32 = 0x1b;
     /// IA32_TSC_ADJUST.
     pub const TSC_ADJUST: u32 = 0x3b;
-    /// IA32_BIOS_SIGN_ID.
+    /// IA32_BIOS_SIGN_ID; AMD's patch level.
     pub const MICROCODE: u32 = 0x8b;
     /// IA32_MTRRCAP.
     pub const MTRR_CAP: u32 = 0xfe;
@@ -25,11 +28,7 @@ pub mod index {
     pub const SYSENTER_ESP: u32 = 0x175;
     /// IA32_SYSENTER_EIP.
     pub const SYSENTER_EIP: u32 = 0x176;
-    /// IA32_MCG_CAP.
-    pub const MCG_CAP: u32 = 0x179;
-    /// IA32_MCG_STATUS.
-    pub const MCG_STATUS: u32 = 0x17a;
-    /// IA32_MISC_ENABLE.
+    /// IA32_MISC_ENABLE, which AMD does not have.
     pub const MISC_ENABLE: u32 = 0x1a0;
     /// IA32_PAT.
     pub const PAT: u32 = 0x277;
@@ -55,25 +54,74 @@ pub mod index {
     pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
     /// IA32_TSC_AUX.
     pub const TSC_AUX: u32 = 0xc000_0103;
-    /// AMD: SYSCFG.
+    /// AMD: SYSCFG, memory above the top of low memory and extended fixed-range MTRRs.
     pub const SYSCFG: u32 = 0xc001_0010;
-    /// AMD: HWCR.
+    /// AMD: HWCR, the hardware's configuration.
     pub const HWCR: u32 = 0xc001_0015;
+    /// AMD: NB_CFG, the northbridge's configuration.
+    pub const NB_CFG: u32 = 0xc001_001f;
+    /// AMD: DE_CFG, the decoder's configuration.
+    pub const DE_CFG: u32 = 0xc001_1029;
 }
 use index::*;
 
 /// Eight variable ranges, fixed ranges present, write-combining supported.
 const MTRR_CAP_VALUE: u64 = 0x508;
+/// The MTRRs in the order in which they are kept: variable ranges (base, mask), fixed ranges, default type.
+pub const MTRRS: [u32; 28] = [
+    0x200,
+    0x201,
+    0x202,
+    0x203,
+    0x204,
+    0x205,
+    0x206,
+    0x207,
+    0x208,
+    0x209,
+    0x20a,
+    0x20b,
+    0x20c,
+    0x20d,
+    0x20e,
+    0x20f,
+    0x250,
+    0x258,
+    0x259,
+    0x268,
+    0x269,
+    0x26a,
+    0x26b,
+    0x26c,
+    0x26d,
+    0x26e,
+    0x26f,
+    MTRR_DEF_TYPE,
+];
+/// HWCR: the time-stamp counter counts with the frequency of the highest performance state. Linux complains of one that
+/// does not.
+const HWCR_VALUE: u64 = 1 << 24;
+/// What may be written to HWCR and changes nothing here: TLB cache off, INVD as WBINVD, flush filter off, IGNNE.
+const HWCR_IGNORED: u64 = 1 << 3 | 1 << 4 | 1 << 6 | 1 << 8 | HWCR_VALUE;
+/// NB_CFG: extended PCI configuration by port 0xcf8. A kernel switches it on wherever it finds PCI, and has no use for it
+/// here, where no function has such registers.
+const NB_CFG_IGNORED: u64 = 1 << 46;
+/// DE_CFG: LFENCE serializes. It always does here.
+const DE_CFG_VALUE: u64 = 1 << 1;
 
-/// Where an MTRR is kept: variable ranges in 0–15, fixed ranges in 16–26, the default type in 27.
 fn mtrr_slot(msr: u32) -> Option<usize> {
+    MTRRS.iter().position(|mtrr| *mtrr == msr)
+}
+
+/// Whether an MTRR takes the value (SDM Vol. 3 §12.11.2): memory types exist, reserved bits are zero.
+fn mtrr_takes(msr: u32, value: u64, phys_mask: u64) -> bool {
+    let is_type = |t: u8| matches!(t, 0 | 1 | 4..=6);
+    let first = is_type(value as u8);
     match msr {
-        0x200..=0x20f => Some((msr - 0x200) as usize),
-        0x250 => Some(16),
-        0x258..=0x259 => Some(17 + (msr - 0x258) as usize),
-        0x268..=0x26f => Some(19 + (msr - 0x268) as usize),
-        MTRR_DEF_TYPE => Some(27),
-        _ => None,
+        0x200..=0x20f if msr & 1 == 0 => first && value & 0xf00 == 0 && value & !phys_mask == 0,
+        0x200..=0x20f => value & 0x7ff == 0 && value & !phys_mask == 0,
+        MTRR_DEF_TYPE => first && value & !0xcff == 0,
+        _ => value.to_le_bytes().into_iter().all(is_type),
     }
 }
 
@@ -81,17 +129,17 @@ impl Core {
     /// RDMSR.
     pub fn read_msr(&mut self, msr: u32) -> Result<u64, Stop> {
         let m = &self.msrs;
+        let amd = self.model.is_amd();
         Ok(match msr {
             TSC => self.read_tsc()?,
             TSC_ADJUST => m.tsc_offset,
             SYSENTER_CS => m.sysenter_cs,
             SYSENTER_ESP => m.sysenter_esp,
             SYSENTER_EIP => m.sysenter_eip,
-            MISC_ENABLE => m.misc_enable,
+            MISC_ENABLE if !amd => m.misc_enable,
             PAT => m.pat,
             MTRR_CAP => MTRR_CAP_VALUE,
-            MCG_CAP | MCG_STATUS => 0,
-            MICROCODE => u64::from(self.model.microcode()) << 32,
+            MICROCODE => u64::from(self.model.microcode()) << if amd { 0 } else { 32 },
             EFER => self.paging.efer,
             STAR => m.star,
             LSTAR => m.lstar,
@@ -101,9 +149,9 @@ impl Core {
             GS_BASE => self.segments[seg::GS].base,
             KERNEL_GS_BASE => m.kernel_gs_base,
             TSC_AUX if self.model.has_rdtscp() => m.tsc_aux,
-            SYSCFG | HWCR if self.model.is_amd() => 0,
-            // AMD's patch level and erratum registers that kernels read without asking CPUID.
-            0xc001_0000..=0xc001_0007 | 0xc001_001f | 0xc001_0055 | 0xc001_1029 if self.model.is_amd() => 0,
+            SYSCFG | NB_CFG if amd => 0,
+            HWCR if amd => HWCR_VALUE,
+            DE_CFG if amd => DE_CFG_VALUE,
             _ => match mtrr_slot(msr) {
                 Some(slot) => m.mtrr[slot],
                 None => return self.ask_value(Exit::MsrRead { index: msr }),
@@ -113,33 +161,23 @@ impl Core {
 
     /// WRMSR.
     pub fn write_msr(&mut self, msr: u32, value: u64) -> Result<(), Stop> {
-        if matches!(msr, LSTAR | CSTAR | SYSENTER_ESP | SYSENTER_EIP | FS_BASE | GS_BASE | KERNEL_GS_BASE)
-            && !Gva(value).is_canonical(self.paging.linear_bits())
-        {
+        if !self.takes(msr, value) {
             return Err(self.gp(0));
         }
+        let amd = self.model.is_amd();
         match msr {
             TSC => {
                 let now = self.model.ticks_to_tsc(self.ticks);
-                self.msrs.tsc_offset = value.wrapping_sub(now);
-                return self.tell_tsc_offset();
+                return self.set_tsc_offset(value.wrapping_sub(now));
             }
-            TSC_ADJUST => {
-                self.msrs.tsc_offset = value;
-                return self.tell_tsc_offset();
-            }
+            TSC_ADJUST => return self.set_tsc_offset(value),
             SYSENTER_CS => self.msrs.sysenter_cs = value & 0xffff_ffff,
             SYSENTER_ESP => self.msrs.sysenter_esp = value,
             SYSENTER_EIP => self.msrs.sysenter_eip = value,
-            MISC_ENABLE => self.msrs.misc_enable = value,
-            PAT => {
-                let bad = value.to_le_bytes().into_iter().any(|t| !matches!(t, 0 | 1 | 4..=7));
-                if bad {
-                    return Err(self.gp(0));
-                }
-                self.msrs.pat = value;
-            }
-            MCG_STATUS | MICROCODE => {}
+            MISC_ENABLE if !amd => self.msrs.misc_enable = value,
+            PAT => self.msrs.pat = value,
+            // A microcode update asks for the revision by a write of zero.
+            MICROCODE => {}
             EFER => return self.write_efer(value),
             STAR => self.msrs.star = value,
             LSTAR => self.msrs.lstar = value,
@@ -149,7 +187,7 @@ impl Core {
             GS_BASE => self.set_segment_base(seg::GS, value),
             KERNEL_GS_BASE => self.msrs.kernel_gs_base = value,
             TSC_AUX if self.model.has_rdtscp() => self.msrs.tsc_aux = value & 0xffff_ffff,
-            SYSCFG | HWCR | 0xc001_0000..=0xc001_0007 | 0xc001_001f | 0xc001_1029 if self.model.is_amd() => {}
+            SYSCFG | HWCR | NB_CFG | DE_CFG if amd => {}
             _ => match mtrr_slot(msr) {
                 Some(slot) => self.msrs.mtrr[slot] = value,
                 None => return self.ask_done(Exit::MsrWrite { index: msr, value }),
@@ -158,9 +196,28 @@ impl Core {
         Ok(())
     }
 
-    /// The VMM's timers follow the guest's time-stamp counter, so it is told when that is moved.
-    fn tell_tsc_offset(&mut self) -> Result<(), Stop> {
-        self.ask_done(Exit::MsrWrite { index: TSC_ADJUST, value: self.msrs.tsc_offset })
+    /// Whether a register that the CPU holds can have the value; those of others are theirs to check.
+    fn takes(&self, msr: u32, value: u64) -> bool {
+        match msr {
+            LSTAR | CSTAR | SYSENTER_ESP | SYSENTER_EIP | FS_BASE | GS_BASE | KERNEL_GS_BASE => {
+                Gva(value).is_canonical(self.paging.linear_bits())
+            }
+            PAT => value.to_le_bytes().into_iter().all(|t| matches!(t, 0 | 1 | 4..=7)),
+            MTRR_CAP => false,
+            SYSCFG if self.model.is_amd() => value == 0,
+            HWCR if self.model.is_amd() => value & !HWCR_IGNORED == 0,
+            NB_CFG if self.model.is_amd() => value & !NB_CFG_IGNORED == 0,
+            DE_CFG if self.model.is_amd() => value & !DE_CFG_VALUE == 0,
+            _ => mtrr_slot(msr).is_none() || mtrr_takes(msr, value, self.paging.phys_mask()),
+        }
+    }
+
+    /// The offset is IA32_TSC_ADJUST too, since both begin at zero and a write to either moves both (SDM Vol. 3
+    /// §18.17.3). The VMM's timers follow the guest's time-stamp counter, so it is told.
+    fn set_tsc_offset(&mut self, offset: u64) -> Result<(), Stop> {
+        self.ask_done(Exit::MsrWrite { index: TSC_ADJUST, value: offset })?;
+        self.msrs.tsc_offset = offset;
+        Ok(())
     }
 
     /// The time-stamp counter: the CPU's own, or the VMM's where it intercepts.
@@ -177,3 +234,7 @@ impl Core {
         self.seg_base64[index] = base;
     }
 }
+
+#[cfg(test)]
+#[path = "msr_tests.rs"]
+mod tests;

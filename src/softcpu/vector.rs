@@ -39,7 +39,7 @@ pub struct Native {
 
 /// Whether the host can execute what `model` declares.
 pub fn check_host(model: &CpuModel) -> Result<(), VcpuError> {
-    let missing = missing_host_features(model.native_features());
+    let missing = missing_host_features(&model.native_features());
     if missing.is_empty() {
         return Ok(());
     }

@@ -27,7 +27,7 @@ pub mod system;
 use crate::core::Core;
 use crate::decode::{CodeMode, gpr};
 use crate::op::{Flow, Handler, Op};
-use iced_x86::{Code, Instruction, OpKind};
+use iced_x86::{Instruction, OpKind};
 
 /// A handler and how the block goes on after it.
 #[derive(Clone, Copy)]
@@ -73,7 +73,7 @@ impl Selected {
 
 /// Chooses the handler of an instruction and completes its operands.
 pub fn select(insn: &Instruction, op: &mut Op, mode: CodeMode, core: &mut Core) -> Selected {
-    let plain = without_prefix(insn, core);
+    let plain = without_feature(insn, core);
     let insn = plain.as_ref().unwrap_or(insn);
     if !core.model.has(insn) {
         return Selected::ending(undefined);
@@ -101,22 +101,10 @@ pub fn select(insn: &Instruction, op: &mut Op, mode: CodeMode, core: &mut Core) 
         .unwrap_or(Selected::ending(undefined))
 }
 
-/// On a CPU without BMI1 or LZCNT the prefix of TZCNT and LZCNT is ignored: they are BSF and BSR.
-fn without_prefix(insn: &Instruction, core: &Core) -> Option<Instruction> {
-    let code = match insn.code() {
-        Code::Tzcnt_r16_rm16 => Code::Bsf_r16_rm16,
-        Code::Tzcnt_r32_rm32 => Code::Bsf_r32_rm32,
-        Code::Tzcnt_r64_rm64 => Code::Bsf_r64_rm64,
-        Code::Lzcnt_r16_rm16 => Code::Bsr_r16_rm16,
-        Code::Lzcnt_r32_rm32 => Code::Bsr_r32_rm32,
-        Code::Lzcnt_r64_rm64 => Code::Bsr_r64_rm64,
-        _ => return None,
-    };
-    if core.model.has(insn) {
-        return None;
-    }
+/// The instruction as the model sees it, where a feature that it lacks would make another of it.
+fn without_feature(insn: &Instruction, core: &Core) -> Option<Instruction> {
     let mut plain = *insn;
-    plain.set_code(code);
+    plain.set_code(core.model.without_feature(insn)?);
     Some(plain)
 }
 

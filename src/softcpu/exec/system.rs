@@ -146,7 +146,7 @@ fn rdpmc(core: &mut Core, _op: &Op) -> Flow {
 
 fn cpuid(core: &mut Core, _op: &Op) -> Flow {
     let (function, index) = (core.regs[0] as u32, core.regs[1] as u32);
-    let leaf = core.model.leaf(function, index, core.paging.cr4 & CR4_OSXSAVE != 0, core.xcr0);
+    let leaf = core.model.leaf(function, index, core.paging.cr4);
     let Answer::Cpuid([a, b, c, d]) = core.ask(Exit::Cpuid { function, index, leaf })? else { return Ok(()) };
     core.regs[0] = u64::from(a);
     core.regs[3] = u64::from(b);
