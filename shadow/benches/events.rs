@@ -91,7 +91,7 @@ fn events(c: &mut Criterion) {
             },
             |(g, page)| {
                 *page = (*page + 1) % (16 * 512);
-                let _ = black_box(g.fault(*page * 0x1000, PfCode::empty(), AccessKind::Write))
+                let _ = black_box(g.fault(*page * 0x1000, PfCode::empty(), AccessKind::Write));
             },
             BatchSize::NumIterations(8000),
         );
