@@ -4,6 +4,7 @@
 
 use super::Selected;
 use crate::core::Core;
+use crate::exceptions::Exception;
 use crate::flags::bit;
 use crate::op::{Flow, Handler, Op};
 use crate::width::Width;
@@ -12,6 +13,7 @@ use vcpu::Segment;
 use vcpu::state::seg;
 
 const RSP: usize = 4;
+const DR6_BS: u64 = 1 << 14;
 
 fn syscall(core: &mut Core, op: &Op) -> Flow {
     if core.paging.efer & 1 == 0 || !core.protected() || !core.mode64 && !core.model.syscall_in_legacy() {
@@ -38,6 +40,8 @@ fn syscall(core: &mut Core, op: &Op) -> Flow {
     core.cpl = 0;
     core.mode_changed();
     core.set_ip(target);
+    // Whether the step traps is judged by TF as SYSCALL leaves it, so that FMASK can keep it out of the kernel.
+    core.native.single_step &= core.flags.has(bit::TF);
     Ok(())
 }
 
@@ -66,6 +70,11 @@ fn sysret(core: &mut Core, op: &Op) -> Flow {
     core.cpl = 3;
     core.mode_changed();
     core.set_ip(if to64 { target } else { target & u32::MASK });
+    if core.flags.has(bit::TF) {
+        // The same rule: the SYSCALL that this returns from is what has been stepped over.
+        core.exception = Exception::debug(DR6_BS);
+        core.exception_to_event();
+    }
     Ok(())
 }
 
