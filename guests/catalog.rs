@@ -135,6 +135,11 @@ pub const CATALOG: &[Entry] = &[
         "PIC, PIT and local APIC timer, HLT, shadows, nesting and priorities, NMI",
     ),
     guest(
+        "segments",
+        Group::Control,
+        "protected-mode segmentation, gates, task switches, 16-bit code, real and virtual-8086 mode",
+    ),
+    guest(
         "mmio-pio",
         Group::Devices,
         "device registers by every kind of instruction: memory-mapped, port and string I/O",

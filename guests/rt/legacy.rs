@@ -51,6 +51,36 @@ pub enum Do {
     UserJump,
     /// Reads CR3.
     GetCr3,
+    /// Runs code from the [`State`] at `a`, privilege, segments and virtual-8086 mode included, until its exception or
+    /// INT 0x30; the state at that point is left there.
+    Run,
+}
+
+/// Everything that code in 32-bit mode can see of itself, before and after.
+#[derive(Clone, Copy, Default, Debug)]
+#[repr(C)]
+#[allow(missing_docs, reason = "the registers by their own names")]
+pub struct State {
+    pub eax: u32,
+    pub ebx: u32,
+    pub ecx: u32,
+    pub edx: u32,
+    pub esi: u32,
+    pub edi: u32,
+    pub ebp: u32,
+    pub esp: u32,
+    pub eip: u32,
+    pub eflags: u32,
+    pub cs: u32,
+    pub ss: u32,
+    pub ds: u32,
+    pub es: u32,
+    pub fs: u32,
+    pub gs: u32,
+    pub vector: u32,
+    pub error: u32,
+    pub cr2: u32,
+    pub cr0: u32,
 }
 
 /// One operation and what came of it.
@@ -88,6 +118,8 @@ static LENGTH: Global<usize> = Global::new(0);
 /// CR0, CR3, CR4, EFER of the engine; then the same of long mode, and its RSP.
 static STATE: Global<[u32; 12]> = Global::new([0; 12]);
 static IDT32: Global<[u64; 64]> = Global::new([0; 64]);
+/// Gates of vectors 0x30 to 0x3f that a guest has set itself; zero for the engine's own.
+static GATES: Global<[u64; 16]> = Global::new([0; 16]);
 static TSS32: Global<[u32; 26]> = Global::new([0; 26]);
 static IDTR32: Global<[u16; 4]> = Global::new([0; 4]);
 
@@ -198,14 +230,55 @@ o_user_modify32:
     jmp legacy_user
 o_user_jump:
     mov eax, offset legacy_user_jump
+    jmp legacy_user
+o_run:
+    mov [legacy_block], edi
+    mov eax, [edi + 36]
+    test eax, 0x20000
+    jz 2f
+    // Virtual-8086 mode: IRETD takes all segments.
+    push dword ptr [edi + 60]
+    push dword ptr [edi + 56]
+    push dword ptr [edi + 48]
+    push dword ptr [edi + 52]
+    jmp 3f
+2:  test byte ptr [edi + 40], 3
+    jnz 3f
+    // CPL 0 keeps the stack that it is given.
+    mov ss, [edi + 44]
+    mov esp, [edi + 28]
+    jmp 4f
+3:  push dword ptr [edi + 44]
+    push dword ptr [edi + 28]
+4:  push eax
+    push dword ptr [edi + 40]
+    push dword ptr [edi + 32]
+    test eax, 0x20000
+    jnz 5f
+    mov es, [edi + 52]
+    mov fs, [edi + 56]
+    mov gs, [edi + 60]
+5:  push dword ptr [edi + 48]
+    test eax, 0x20000
+    jz 6f
+    mov dword ptr [esp], 0x10
+6:  mov eax, [edi]
+    mov ebx, [edi + 4]
+    mov ecx, [edi + 8]
+    mov edx, [edi + 12]
+    mov esi, [edi + 16]
+    mov ebp, [edi + 24]
+    mov edi, [edi + 20]
+    .byte 0x1f                      // pop ds, as 32 bits
+    iretd
 legacy_user:
     sub eax, offset legacy_user_start
     add eax, {window}
     // IRETD takes data segments away that CPL 3 may not use.
     push 0x23
-    pop ds
+    .byte 0x1f                      // pop ds, as 32 bits
     push 0x23
-    pop es
+    .byte 0x07                      // pop es
     push 0x23
     push {window} + 0x2000
     push 2
@@ -216,7 +289,7 @@ legacy_user:
     .balign 4
 legacy_table:
     .long o_end, o_read8, o_read32, o_write8, o_write32, o_modify32, o_call, o_cr3, o_invlpg, o_cr0, o_cr4, o_efer, o_flags
-    .long o_user_read32, o_user_write32, o_user_modify32, o_user_jump, o_get_cr3
+    .long o_user_read32, o_user_write32, o_user_modify32, o_user_jump, o_get_cr3, o_run
 
     .balign 8
 legacy_stubs:
@@ -231,15 +304,84 @@ legacy_stubs:
     .set vector, vector + 1
     .endr
 legacy_fault:
+    // On the stack: the stub's return address, the error code, EIP, CS, EFLAGS, and ESP and SS after a change of privilege.
+    cmp dword ptr cs:[legacy_block], 0
+    je legacy_plain
+    pushad
+    .byte 0x1e                      // push ds
+    push 0x10
+    .byte 0x1f                      // pop ds, as 32 bits
+    mov edi, [legacy_block]
+    pop eax
+    and eax, 0xffff
+    mov [edi + 48], eax
+    mov eax, es
+    mov [edi + 52], eax
+    mov eax, fs
+    mov [edi + 56], eax
+    mov eax, gs
+    mov [edi + 60], eax
+    pop dword ptr [edi + 20]
+    pop dword ptr [edi + 16]
+    pop dword ptr [edi + 24]
+    // ESP as PUSHAD saw it: where the return address lay.
+    pop dword ptr [edi + 28]
+    pop dword ptr [edi + 4]
+    pop dword ptr [edi + 12]
+    pop dword ptr [edi + 8]
+    pop dword ptr [edi]
+    pop ecx
+    sub ecx, offset legacy_stubs
+    shr ecx, 3
+    mov [edi + 64], ecx
+    pop dword ptr [edi + 68]
+    pop dword ptr [edi + 32]
+    pop eax
+    and eax, 0xffff
+    mov [edi + 40], eax
+    pop ebx
+    mov [edi + 36], ebx
+    mov edx, ss
+    mov [edi + 44], edx
+    test ebx, 0x20000
+    jnz 2f
+    test al, 3
+    jnz 2f
+    // No change of privilege: the stack is the code's own, five words further.
+    add dword ptr [edi + 28], 20
+    jmp 3f
+2:  pop dword ptr [edi + 28]
+    pop edx
+    and edx, 0xffff
+    mov [edi + 44], edx
+    test ebx, 0x20000
+    jz 3f
+    pop dword ptr [edi + 52]
+    pop dword ptr [edi + 48]
+    pop dword ptr [edi + 56]
+    pop dword ptr [edi + 60]
+3:  mov eax, cr2
+    mov [edi + 72], eax
+    mov eax, cr0
+    mov [edi + 76], eax
+    mov ax, 0x10
+    mov es, ax
+    mov ss, ax
+    mov esp, offset legacy_stack_top
+    push 2
+    popfd
+    mov dword ptr [legacy_block], 0
+    jmp legacy_done
+legacy_plain:
     pop ecx
     sub ecx, offset legacy_stubs
     shr ecx, 3
     pop edx
     pop ebx
     push 0x10
-    pop ds
+    .byte 0x1f                      // pop ds, as 32 bits
     push 0x10
-    pop es
+    .byte 0x07                      // pop es
     mov esp, offset legacy_stack_top
     cmp ecx, 0x30
     je legacy_done
@@ -301,6 +443,7 @@ legacy_user_jump:
     .section .bss
     .balign 16
 legacy_op: .skip 4
+legacy_block: .skip 4
     .balign 16
     .skip 4096
 legacy_stack_top:
@@ -338,6 +481,16 @@ pub fn add(code: Do, a: u64, b: u64) -> usize {
     n
 }
 
+/// A gate of the engine's IDT, for vectors from 0x31 to 0x3f.
+pub fn set_gate(vector: usize, descriptor: u64) {
+    GATES.get()[vector & 15] = descriptor;
+}
+
+/// The engine's TSS, for tasks that are to come back to it, as its address and selector.
+pub fn task() -> (u64, u32) {
+    (TSS32.addr(), TASK32 as u32 * 8)
+}
+
 /// How many operations still fit.
 pub fn room() -> usize {
     ROOM - 1 - LENGTH.load()
@@ -357,6 +510,9 @@ pub fn run(cr3: u64, cr4: u64, efer: u64) {
         let kind = if vector == 0x30 { 0xee00u64 } else { 0x8e00 };
         let code = u64::from(descriptors::KERNEL_CODE32);
         IDT32.get()[vector as usize] = target & 0xffff | code << 16 | kind << 32 | (target >> 16) << 48;
+    }
+    for (i, gate) in GATES.get().iter().enumerate().filter(|(_, gate)| **gate != 0) {
+        IDT32.get()[0x30 + i] = *gate;
     }
     let idt = IDT32.addr();
     *IDTR32.get() = [511, idt as u16, (idt >> 16) as u16, 0];
