@@ -254,7 +254,7 @@ fn main_job(report: Option<&Path>) -> Result<u8, Error> {
     if let Some(path) = report {
         write_json(path, &done)?;
     }
-    Ok(if done.failed() == 0 { 0 } else { 1 })
+    Ok(done.status())
 }
 
 fn run(args: &RunArgs) -> Result<u8, Error> {

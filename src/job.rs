@@ -5,7 +5,7 @@
 
 use crate::backend::MmuKind;
 use crate::compare::Comparison;
-use crate::end::End;
+use crate::end::{End, STATUS_INTERRUPTED};
 use crate::error::Error;
 use crate::machine::{Limits, Machine, MachineConfig, Wiring};
 use crate::report::Report;
@@ -42,6 +42,17 @@ impl JobReport {
     /// How many guests failed.
     pub fn failed(&self) -> usize {
         self.guests.iter().filter(|g| g.failure.is_some()).count()
+    }
+
+    /// The exit status: 0 when every guest passed, that of an interruption when there was one, else 1.
+    pub fn status(&self) -> u8 {
+        let interrupted =
+            |guest: &GuestResult| guest.comparison.runs.iter().any(|r| r.end == Some(End::Interrupted));
+        match self.failed() {
+            0 => 0,
+            _ if self.guests.iter().any(interrupted) => STATUS_INTERRUPTED,
+            _ => 1,
+        }
     }
 
     /// The table, with the failures below it.

@@ -43,6 +43,8 @@ pub mod report;
 pub mod run;
 #[cfg(test)]
 mod run_tests;
+#[cfg(test)]
+mod script_cpu;
 pub mod session;
 pub mod startup;
 pub mod tables;

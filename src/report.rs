@@ -3,6 +3,7 @@
 //! It stands after the last exit. The order of everything is fixed. [`Report::counts`] and [`Report::rates`] repeat bit for bit under the
 //! virtual clock and can gate a build; [`Report::times`] never do.
 
+use crate::clock::ClockKind;
 use crate::end::End;
 use indexmap::IndexMap;
 use mmu::{Counter, Counters};
@@ -32,6 +33,13 @@ pub struct Report {
     pub times: Times,
     /// What the reader should know besides.
     pub notes: Vec<String>,
+}
+
+impl Report {
+    /// Whether the counts are the same in every run: time was virtual.
+    pub fn repeats(&self) -> bool {
+        self.machine.clock == ClockKind::Virtual.name()
+    }
 }
 
 /// What was run, and on what.

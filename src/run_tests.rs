@@ -3,147 +3,15 @@
 use crate::end::End;
 use crate::error::Error;
 use crate::machine::{Limits, Machine, MachineConfig, Wiring};
+use crate::script_cpu::{Move, ScriptCpu, Seen};
 use crate::{ClockKind, MmuKind};
 use guestmem::{Gpa, Gva};
 use mmu::nested::EptQualification;
 use mmu::paging::bits::{CR0_PE, CR0_PG, CR4_PAE};
-use mmu::{
-    Access, AccessKind, Counter, Counters, Fault, FaultKind, Intercepts, PagingState, Privilege, TableRoot,
-    TlbFlush,
-};
-use std::collections::VecDeque;
+use mmu::{Access, AccessKind, Counter, Fault, FaultKind, PagingState, Privilege};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use vcpu::{Answer, ArchState, Entry, Exit, Vcpu, VcpuError};
-
-/// What the CPU does next: so many instructions, then an exit. `None`: run to the deadline.
-type Move = Option<(u64, Exit)>;
-
-/// What the loop did to the CPU.
-#[derive(Default)]
-struct Seen {
-    answers: Vec<Answer>,
-    deadlines: Vec<u64>,
-    flushes: Vec<TlbFlush>,
-    roots: Vec<TableRoot>,
-    interrupts: Vec<(u64, u8)>,
-    nmis: u64,
-    windows: Vec<bool>,
-}
-
-struct ScriptCpu {
-    script: VecDeque<Move>,
-    seen: Arc<Mutex<Seen>>,
-    ticks: u64,
-    retired: u64,
-    closed: Arc<Mutex<bool>>,
-    state: ArchState,
-    paging: PagingState,
-    counters: Counters,
-}
-
-impl ScriptCpu {
-    fn pass(&mut self, instructions: u64) {
-        self.ticks += instructions;
-        self.retired += instructions;
-    }
-
-    fn seen(&self) -> std::sync::MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap()
-    }
-}
-
-impl Vcpu for ScriptCpu {
-    fn run(&mut self, entry: Entry, deadline: u64) -> Result<Exit, VcpuError> {
-        if let Entry::Answer(answer) = entry {
-            self.seen().answers.push(answer);
-        }
-        self.seen().deadlines.push(deadline);
-        assert!(deadline > self.ticks, "a deadline that is over would stop the guest");
-        match self.script.pop_front() {
-            Some(Some((instructions, exit))) => {
-                self.pass(instructions);
-                if exit == Exit::InterruptWindow {
-                    *self.closed.lock().unwrap() = false;
-                }
-                Ok(exit)
-            }
-            Some(None) => {
-                self.pass(deadline - self.ticks);
-                Ok(Exit::Deadline)
-            }
-            None => Ok(Exit::TripleFault),
-        }
-    }
-    fn ticks(&self) -> u64 {
-        self.ticks
-    }
-    fn add_ticks(&mut self, ticks: u64) {
-        self.ticks += ticks;
-    }
-    fn retired(&self) -> u64 {
-        self.retired
-    }
-    fn paging_state(&self) -> PagingState {
-        self.paging
-    }
-    fn set_translation(&mut self, root: TableRoot, _intercepts: Intercepts) {
-        self.seen().roots.push(root);
-    }
-    fn flush(&mut self, flush: TlbFlush) {
-        self.seen().flushes.push(flush);
-    }
-    fn can_take_interrupt(&self) -> bool {
-        !*self.closed.lock().unwrap()
-    }
-    fn inject_interrupt(&mut self, vector: u8) {
-        let at = self.ticks;
-        self.seen().interrupts.push((at, vector));
-    }
-    fn inject_nmi(&mut self) {
-        self.seen().nmis += 1;
-    }
-    fn request_interrupt_window(&mut self, wanted: bool) {
-        self.seen().windows.push(wanted);
-    }
-    fn state(&self) -> ArchState {
-        self.state.clone()
-    }
-    fn set_state(&mut self, state: &ArchState) {
-        self.state = state.clone();
-    }
-    fn counters(&self) -> &Counters {
-        &self.counters
-    }
-}
-
-fn reset_state() -> ArchState {
-    ArchState {
-        gprs: [0; 16],
-        rip: 0xfff0,
-        rflags: 2,
-        segments: Default::default(),
-        ldtr: Default::default(),
-        tr: Default::default(),
-        gdtr: Default::default(),
-        idtr: Default::default(),
-        cr0: 0x6000_0010,
-        cr2: 0,
-        cr3: 0,
-        cr4: 0,
-        efer: 0,
-        pdptes: [0; 4],
-        debug: [0; 6],
-        pkru: 0,
-        xcr0: 1,
-        fxsave: vec![0; 64],
-        msrs: Vec::new(),
-        interrupt_shadow: false,
-        nmi_blocked: false,
-        halted: false,
-        ticks: 0,
-    }
-}
+use vcpu::{Answer, Exit};
 
 struct Stage {
     machine: Machine,
@@ -159,16 +27,7 @@ impl Stage {
         change(&mut config, &mut wiring);
         let seen: Arc<Mutex<Seen>> = Arc::default();
         let closed: Arc<Mutex<bool>> = Arc::default();
-        let cpu = ScriptCpu {
-            script: script.into(),
-            seen: Arc::clone(&seen),
-            ticks: 0,
-            retired: 0,
-            closed: Arc::clone(&closed),
-            state: reset_state(),
-            paging: PagingState::default(),
-            counters: Counters::default(),
-        };
+        let cpu = ScriptCpu::new(script, Arc::clone(&seen), Arc::clone(&closed));
         let machine = Machine::with_cpu(config, wiring, 1_000_000_000, |_| Ok(Box::new(cpu))).unwrap();
         Self { machine, seen, closed }
     }

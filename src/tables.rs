@@ -45,7 +45,11 @@ pub(crate) fn phrase(key: &str) -> &str {
 /// One report.
 pub fn report(report: &Report) -> String {
     let mut out = heading(report);
-    out += "\nCounts (the same in every run)\n";
+    out += if report.repeats() {
+        "\nCounts (the same in every run)\n"
+    } else {
+        "\nCounts (of this run: under the host's clock no two are alike)\n"
+    };
     out += &counts(report);
     out += "\nDevice accesses\n";
     out += &devices(report);

@@ -7,6 +7,8 @@ use antumbra::{End, Limits, Machine, MachineConfig, MmuKind, Wiring};
 use common::{POLICIES, config, finish, guest, run};
 use guestmem::{Gfn, Policy};
 use mmu::Counter;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 on_each_backend! {
     fn every_guest_passes_under_every_policy(mmu) {
@@ -191,4 +193,8 @@ fn the_main_job_passes_and_survives_json() {
     let text = serde_json::to_string(&done).unwrap();
     let back: antumbra::job::JobReport = serde_json::from_str(&text).unwrap();
     assert_eq!(back.text(), done.text());
+    assert_eq!(done.status(), 0);
+    let stopped = antumbra::job::run_all(guests::list(), &Arc::new(AtomicBool::new(true))).unwrap();
+    assert_eq!(stopped.failed(), guests::list().len());
+    assert_eq!(stopped.status(), 130);
 }
