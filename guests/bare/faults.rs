@@ -5,6 +5,8 @@
 #![no_main]
 #![allow(unsafe_code, reason = "calls to symbols in assembly")]
 
+#[path = "faults/instructions.rs"]
+mod instructions;
 #[path = "faults/matrix.rs"]
 mod matrix;
 #[path = "faults/nested.rs"]
