@@ -10,8 +10,8 @@ mod arith;
 mod bcd;
 #[path = "instr/bits.rs"]
 mod bits;
-#[path = "instr/misc.rs"]
-mod misc;
+#[path = "instr/data_moves.rs"]
+mod data_moves;
 #[path = "instr/muldiv.rs"]
 mod muldiv;
 #[path = "instr/shifts.rs"]
@@ -95,7 +95,7 @@ fn main() {
     bits::run();
     bcd::run();
     strings::run();
-    misc::run();
+    data_moves::run();
 }
 
 /// Defines a function `(size, flags, a, b, cl) -> (rax, rdx, flags)` that runs one instruction of four operand sizes; each size's text

@@ -142,7 +142,8 @@ impl Core {
         match d.kind() {
             12 => {}
             4 if !long => {}
-            1 | 9 if !long => {
+            // A busy one is refused by the switch itself, unless it is the one that this instruction has begun to enter.
+            1 | 3 | 9 | 11 if !long => {
                 if !d.present() {
                     return Err(self.np(error));
                 }
