@@ -7,7 +7,7 @@
 //!
 //! Read in this order: [`options`] (what can be switched), `entry` (the entries), `table` (the store of tables),
 //! `violation` (a fault is answered), `split` (large to small and back), `change` (the host changes something, the dirty
-//! log), `audit` (what must always hold). `README.md` tells the story of one violation.
+//! log), `audit` (what must always hold), `seeded` (rules that test builds can break on purpose). `README.md` tells the story of one violation.
 
 mod audit;
 #[cfg(test)]
@@ -15,11 +15,13 @@ mod audit_tests;
 mod change;
 mod entry;
 pub mod options;
+mod seeded;
 mod split;
 mod table;
 mod violation;
 
 pub use options::{Options, SetupError};
+pub use seeded::Seeded;
 
 use guestmem::{Gfn, Gpa, GuestMemory, Gva};
 use mmu::nested::EptQualification;
@@ -134,7 +136,7 @@ impl MmuBackend for EptMmu {
     }
 
     fn invlpg(&mut self, _cpu: CpuId, gva: Gva, _state: &PagingState) -> Result<TlbFlush, MmuError> {
-        Ok(TlbFlush::Page(gva))
+        Ok(if self.is_broken(Seeded::InvlpgIgnored) { TlbFlush::None } else { TlbFlush::Page(gva) })
     }
 
     fn invpcid(

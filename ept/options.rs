@@ -20,6 +20,9 @@ pub struct Options {
     pub audit: bool,
     /// The most frames that tables may use; the pool of the memory object caps it in any case.
     pub max_tables: Option<usize>,
+    /// A rule to break on purpose.
+    #[cfg(feature = "seeded-faults")]
+    pub seeded: Option<crate::Seeded>,
 }
 
 impl Default for Options {
@@ -31,6 +34,8 @@ impl Default for Options {
             eager_split: true,
             audit: false,
             max_tables: None,
+            #[cfg(feature = "seeded-faults")]
+            seeded: None,
         }
     }
 }

@@ -14,6 +14,7 @@
 //! would be inexact (the supervisor page would escape both), so there each store is done by the engine instead: the
 //! answer is [`Resolution::TableWrite`], though no table is written.
 
+use crate::Seeded;
 use crate::ShadowMmu;
 use crate::pages::{EntryRef, PageId, frame_of, page_in};
 use crate::role::{Kind, Leaf, Role, Target};
@@ -134,7 +135,8 @@ impl ShadowMmu {
         state: &PagingState,
     ) -> Result<Resolution, MmuError> {
         let mut tables = GuestTables::new(&self.memory);
-        let walked = walk_guest(state, gva, access, &mut tables, true);
+        let set_flags = !self.is_broken(Seeded::FlagsNotSet);
+        let walked = walk_guest(state, gva, access, &mut tables, set_flags);
         let references = tables.references;
         self.counters.add(Counter::ShadowGuestReferences, references);
         let walked = walked.map_err(|source| MmuError::Memory { gva, source })?;

@@ -16,7 +16,7 @@
 //! 9. `reclaim`: what goes when the pool is full;
 //! 10. `dirty`: changes made by the host, and the dirty log;
 //! 11. `audit`: every invariant, checked;
-//! 12. `options`: the switches.
+//! 12. `options`: the switches; `seeded`: rules that test builds can break on purpose.
 //!
 //! Assumed of the guest-physical map: no two guest frames share a host frame. Otherwise a table could be written through
 //! the other name of its frame, and write protection would not see it.
@@ -33,10 +33,12 @@ mod protect;
 mod reclaim;
 mod rmap;
 mod role;
+mod seeded;
 mod splinter;
 mod spte;
 
 pub use options::Options;
+pub use seeded::Seeded;
 
 use cr3::{Cpu, PdpteSets};
 use fill::Path;
@@ -194,7 +196,8 @@ impl MmuBackend for ShadowMmu {
     fn invlpg(&mut self, cpu: CpuId, gva: Gva, state: &PagingState) -> Result<TlbFlush, MmuError> {
         self.adopt(cpu, state)?;
         let pieces = self.splinters.may_hold_pieces(gva);
-        let flush = self.pay(if pieces { TlbFlush::All } else { TlbFlush::Page(gva) });
+        let flush = if pieces { TlbFlush::All } else { TlbFlush::Page(gva) };
+        let flush = self.pay(if self.is_broken(Seeded::InvlpgIgnored) { TlbFlush::None } else { flush });
         self.checked(flush)
     }
 

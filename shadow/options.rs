@@ -20,6 +20,9 @@ pub struct Options {
     pub page_cap: Option<usize>,
     /// Check every invariant after every event. For tests: the cost is that of walking every shadow page.
     pub audit_every_event: bool,
+    /// A rule to break on purpose.
+    #[cfg(feature = "seeded-faults")]
+    pub seeded: Option<crate::Seeded>,
 }
 
 impl Default for Options {
@@ -32,6 +35,8 @@ impl Default for Options {
             wp_flip: true,
             page_cap: None,
             audit_every_event: false,
+            #[cfg(feature = "seeded-faults")]
+            seeded: None,
         }
     }
 }

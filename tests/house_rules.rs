@@ -99,6 +99,7 @@ fn dependencies_point_one_way() {
     let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
         ("guestmem", &[][..]),
         ("mmu", &["guestmem"]),
+        ("reference", &["mmu"]),
         ("shadow", &["guestmem", "mmu"]),
         ("ept", &["guestmem", "mmu"]),
         ("vcpu", &["guestmem", "mmu"]),

@@ -13,18 +13,13 @@ use mmu::{
 };
 use std::sync::Arc;
 
-const SMALL: Options = Options {
-    large_2m: false,
-    large_1g: false,
-    mmio_marker: true,
-    eager_split: true,
-    audit: true,
-    max_tables: None,
-};
+fn small() -> Options {
+    Options { large_2m: false, large_1g: false, audit: true, ..Options::default() }
+}
 
 #[test]
 fn a_violation_maps_one_page_and_the_next_access_needs_none() {
-    let mut g = Guest::new(&pc(Policy::Scatter { seed: 1 }, 64), SMALL);
+    let mut g = Guest::new(&pc(Policy::Scatter { seed: 1 }, 64), small());
     g.check(Gpa(0x12_3456), Read);
     assert_eq!(g.exits.len(), 1);
     g.check(Gpa(0x12_3ff0), Execute);
@@ -203,7 +198,7 @@ fn flags_survive_a_split_and_a_merge() {
 
 #[test]
 fn a_full_pool_gives_up_the_oldest_tables() {
-    let mut g = Guest::new(&pc(Policy::Linear, 64), Options { max_tables: Some(4), ..SMALL });
+    let mut g = Guest::new(&pc(Policy::Linear, 64), Options { max_tables: Some(4), ..small() });
     for gpa in [0, 2 * MIB, 4 * MIB, 0, 4 * GIB, 2 * MIB] {
         g.check(Gpa(gpa), Write);
         assert_eq!(g.exits.len(), 1, "the path to {gpa:#x} was thrown away");
@@ -221,7 +216,7 @@ fn a_full_pool_gives_up_the_oldest_tables() {
 
 #[test]
 fn reclaim_takes_no_more_than_it_must() {
-    let mut g = Guest::new(&pc(Policy::Linear, 64), Options { max_tables: Some(6), ..SMALL });
+    let mut g = Guest::new(&pc(Policy::Linear, 64), Options { max_tables: Some(6), ..small() });
     for gpa in [0, 2 * MIB, 4 * GIB] {
         g.check(Gpa(gpa), Write);
     }
@@ -304,7 +299,7 @@ fn too_few_tables_are_refused_and_tables_are_given_back() {
 
 #[test]
 fn a_pool_shared_with_others_fails_cleanly_when_they_take_it_all() {
-    let mut g = Guest::new(&pc(Policy::Linear, 8), SMALL);
+    let mut g = Guest::new(&pc(Policy::Linear, 8), small());
     let taken: Vec<_> = std::iter::from_fn(|| g.memory.allocate_table().ok()).collect();
     let kind = FaultKind::EptViolation { gpa: Gpa(0x1000), qualification: mmu::EptQualification::READ };
     let fault = Fault { gva: Gva(0), access: Access::new(Read, Privilege::User), kind };

@@ -69,10 +69,19 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
+#[allow(clippy::needless_update, reason = "a test build has one field more")]
 fn options() -> impl Strategy<Value = Options> {
     let cap = prop_oneof![2 => Just(None), 3 => (4usize..14).prop_map(Some)];
     (any::<[bool; 4]>(), cap).prop_map(|([large_2m, large_1g, mmio_marker, eager_split], max_tables)| {
-        Options { large_2m, large_1g, mmio_marker, eager_split, audit: true, max_tables }
+        Options {
+            large_2m,
+            large_1g,
+            mmio_marker,
+            eager_split,
+            audit: true,
+            max_tables,
+            ..Options::default()
+        }
     })
 }
 

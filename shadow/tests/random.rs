@@ -372,6 +372,7 @@ impl Run {
     }
 }
 
+#[allow(clippy::needless_update, reason = "a test build has one field more")]
 fn options() -> impl Strategy<Value = Options> {
     (any::<[bool; 5]>(), prop_oneof![2 => Just(None), 1 => (8usize..24).prop_map(Some)]).prop_map(
         |(b, page_cap)| Options {
@@ -382,6 +383,7 @@ fn options() -> impl Strategy<Value = Options> {
             wp_flip: b[4],
             page_cap,
             audit_every_event: true,
+            ..Options::default()
         },
     )
 }

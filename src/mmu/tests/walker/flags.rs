@@ -1,11 +1,11 @@
 //! Accessed and dirty flags (SDM Vol. 3 §4.8), and entries that change under the walker's hands.
 
-use crate::oracle::{Cpu, Outcome};
 use crate::ram::{Bus, Ram};
 use crate::rights::walked;
 use guestmem::Gva;
 use mmu::walk::{Verdict, WalkEnd, walk, walk_guest};
 use mmu::{Access, AccessKind, Privilege, Rights};
+use reference::{Cpu, Outcome};
 
 const A: u64 = 0x20;
 const D: u64 = 0x40;

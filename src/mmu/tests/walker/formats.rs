@@ -1,11 +1,11 @@
 //! Each format by itself: large pages, reserved bits one by one, PSE-36, the PDPTE registers, five levels.
 
-use crate::oracle::{Cpu, Outcome};
 use crate::ram::{Bus, Ram};
 use crate::rights::compare;
 use guestmem::{Gpa, GuestMemory, Gva, MemoryConfig, Policy, RegionConfig, RegionKind};
 use mmu::walk::walk_guest;
 use mmu::{Access, AccessKind, PagingState, Privilege};
+use reference::{Cpu, Outcome};
 
 const READ: Access = Access::new(AccessKind::Read, Privilege::Supervisor);
 const WRITE: Access = Access::new(AccessKind::Write, Privilege::Supervisor);

@@ -1,12 +1,12 @@
 //! Rows written down by hand from the manual: what was done, under which control bits, and the error code. They hold
 //! the walker and the oracle to account alike.
 
-use crate::oracle::{Cpu, Outcome};
 use crate::ram::Ram;
 use crate::rights::compare;
 use mmu::Access;
 use mmu::AccessKind::{self, Execute as X, Read as R, Write as W};
 use mmu::Privilege::{self, Implicit as I, Supervisor as S, User as U};
+use reference::{Cpu, Outcome};
 
 const P: u64 = 1;
 const RW: u64 = 2;

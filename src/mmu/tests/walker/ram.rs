@@ -44,6 +44,16 @@ impl Ram {
     }
 }
 
+impl reference::Ram for Ram {
+    fn entry(&self, address: u64, bytes: u8) -> u64 {
+        if bytes == 4 { self.read4(address) } else { self.read8(address) }
+    }
+
+    fn set_entry(&mut self, address: u64, bytes: u8, value: u64) {
+        if bytes == 4 { self.write4(address, value) } else { self.write8(address, value) }
+    }
+}
+
 /// Changes memory under the walker's hands, at its nth compare-and-exchange.
 type Meddler = Box<dyn FnMut(&mut Ram, u64)>;
 

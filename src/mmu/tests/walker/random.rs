@@ -1,11 +1,11 @@
 //! Random tables, control bits and accesses, in every mode: the walker and the oracle agree on the outcome, on the number
 //! of entries read and on every byte that is left behind.
 
-use crate::oracle::Cpu;
 use crate::ram::Ram;
 use crate::rights::{KINDS, WHO, compare};
 use mmu::Access;
 use proptest::prelude::*;
+use reference::Cpu;
 
 /// Frames for tables: low ones, and one that only wide entries reach.
 const FRAMES: [u64; 7] = [0x1000, 0x2000, 0x3000, 0x4000, 0x5000, 0x7000, 0x8_0000_0000];
@@ -72,6 +72,7 @@ fn cpu() -> impl Strategy<Value = Cpu> {
             pdpte: pdpte.map(|p| p & ((1 << maxphyaddr) - 1) & !0x1e6),
             maxphyaddr,
             page1gb,
+            ..Cpu::default()
         },
     )
 }

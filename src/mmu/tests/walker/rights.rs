@@ -1,10 +1,10 @@
 //! Every access kind under every combination of rights and control bits, in all formats, against the oracle.
 
-use crate::oracle::{Cpu, Outcome, translate};
 use crate::ram::{Bus, Ram};
 use guestmem::{Gva, PageSize};
 use mmu::walk::walk_guest;
 use mmu::{Access, AccessKind, Privilege};
+use reference::{Cpu, Outcome, translate};
 
 pub const KINDS: [AccessKind; 3] = [AccessKind::Read, AccessKind::Write, AccessKind::Execute];
 pub const WHO: [Privilege; 3] = [Privilege::User, Privilege::Supervisor, Privilege::Implicit];
