@@ -100,6 +100,7 @@ fn dependencies_point_one_way() {
         ("guestmem", &[][..]),
         ("mmu", &["guestmem"]),
         ("reference", &["mmu"]),
+        ("equivalence", &["ept", "guestmem", "mmu", "reference", "shadow"]),
         ("shadow", &["guestmem", "mmu"]),
         ("ept", &["guestmem", "mmu"]),
         ("vcpu", &["guestmem", "mmu"]),

@@ -28,6 +28,12 @@ pub trait Ram {
     fn entry(&self, address: u64, bytes: u8) -> u64;
     /// Stores them.
     fn set_entry(&mut self, address: u64, bytes: u8, value: u64);
+    /// Whether what is stored there stays. Where it does not (ROM, no memory at all), the processor stores its flags into
+    /// the void and goes on as if they were set.
+    fn keeps(&self, address: u64) -> bool {
+        let _everywhere = address;
+        true
+    }
 }
 
 /// What a translation comes to.

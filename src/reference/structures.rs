@@ -27,13 +27,13 @@ pub struct Leaf {
     pub every_us: bool,
     /// XD is 1 in some entry.
     pub some_xd: bool,
-    /// The accessed flag is 1 in every entry.
+    /// The accessed flag is 1 in every entry, or could not be set.
     pub every_accessed: bool,
     /// The protection key.
     pub key: u32,
     /// The leaf's G flag.
     pub global: bool,
-    /// The leaf's dirty flag.
+    /// The leaf's dirty flag, or true where it could not be set.
     pub dirty: bool,
 }
 
@@ -70,6 +70,8 @@ struct Journey {
     every_us: bool,
     some_xd: bool,
     every_accessed: bool,
+    /// Flags stored in the entry read last stay there.
+    keeps: bool,
 }
 
 impl Journey {
@@ -81,6 +83,7 @@ impl Journey {
             every_us: true,
             some_xd: false,
             every_accessed: true,
+            keeps: true,
         }
     }
 
@@ -88,6 +91,7 @@ impl Journey {
         let raw = ram.entry(address, bytes);
         self.entries[self.count] = Entry { address, bytes, raw };
         self.count += 1;
+        self.keeps = ram.keeps(address);
         raw
     }
 
@@ -96,7 +100,7 @@ impl Journey {
         self.every_rw = self.every_rw && bit(entry, 1);
         self.every_us = self.every_us && bit(entry, 2);
         self.some_xd = self.some_xd || xd && bit(entry, 63);
-        self.every_accessed = self.every_accessed && bit(entry, 5);
+        self.every_accessed = self.every_accessed && (bit(entry, 5) || !self.keeps);
     }
 
     fn fault(self, flags: u32) -> Visit {
@@ -113,7 +117,7 @@ impl Journey {
             every_accessed: self.every_accessed,
             key,
             global: bit(entry, 8),
-            dirty: bit(entry, 6),
+            dirty: bit(entry, 6) || !self.keeps,
         };
         Visit { entries: self.entries, count: self.count, end: Ok(leaf) }
     }

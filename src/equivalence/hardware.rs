@@ -1,0 +1,159 @@
+//! The hardware over a backend's tables: a TLB that keeps whatever it is not told to forget, and the walk that fills it,
+//! one-dimensional over shadow tables or two-dimensional through EPT (SDM Vol. 3 §4.10, §29.3). It knows nothing of the
+//! guest's physical map.
+
+use guestmem::{Gpa, GuestMemory, Gva, Hpa};
+use mmu::nested::{EptFault, NestedFault, NestedMemory, walk_nested};
+use mmu::walk::{HostTables, denial, walk_access};
+use mmu::{Access, AccessKind, PageFault, PagingState, Privilege, Rights, TableRoot, TlbFlush, Translation};
+
+/// Why the hardware stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// A page fault of the walk.
+    Page(PageFault),
+    /// An EPT violation or misconfiguration.
+    Ept(EptFault),
+}
+
+/// One translation, of a page of any size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Entry {
+    linear: u64,
+    mask: u64,
+    /// The page in the tables that linear addresses are looked up in, of which this may be a piece: forgetting any
+    /// address of it forgets all (SDM Vol. 3 §4.10.2.3).
+    whole: u64,
+    pcid: u16,
+    global: bool,
+    /// Host-physical address of the page.
+    host: u64,
+    rights: Rights,
+    pkey: u8,
+    /// A write needs no walk: every dirty flag is set and every dimension permits it.
+    write_ready: bool,
+}
+
+impl Entry {
+    /// An entry for the page of `mask` around `gva`, by what the walk found.
+    fn new(gva: Gva, physical: u64, mask: u64, found: &Translation, pcid: u16) -> Self {
+        Self {
+            linear: gva.0 & !mask,
+            mask,
+            whole: found.size.offset_mask(),
+            pcid,
+            global: found.global,
+            host: physical & !mask,
+            rights: found.rights,
+            pkey: found.pkey,
+            write_ready: true,
+        }
+    }
+}
+
+/// A TLB without limit, and the walk behind it.
+#[derive(Debug, Default)]
+pub struct Hardware {
+    entries: Vec<Entry>,
+    /// How often a walk was made.
+    pub walks: u64,
+}
+
+impl Hardware {
+    /// Forgets what a backend asks for; `pcid` is the current one of the CPU concerned.
+    pub fn forget(&mut self, flush: TlbFlush, pcid: u16) {
+        self.entries.retain(|e| {
+            let covers = |gva: Gva| gva.0 & !e.whole == e.linear & !e.whole;
+            let frames = e.host >> 12..(e.host + e.mask + 1) >> 12;
+            !match flush {
+                TlbFlush::None => false,
+                TlbFlush::Page(gva) => covers(gva) && (e.global || e.pcid == pcid),
+                TlbFlush::PageOf(of, gva) => covers(gva) && !e.global && e.pcid == of,
+                TlbFlush::Frame(frame) => frames.contains(&frame.0),
+                TlbFlush::Pcid(of) => !e.global && e.pcid == of,
+                TlbFlush::NonGlobal => !e.global,
+                TlbFlush::All => true,
+            }
+        });
+    }
+
+    /// Forgets everything, behind everybody's back.
+    pub fn forget_all(&mut self) {
+        self.entries.clear();
+    }
+
+    /// Translates for one access: from the TLB if it permits the access, else by a walk. `absent` names pages of guest
+    /// tables where the backend has said that no memory is.
+    pub fn translate(
+        &mut self,
+        memory: &GuestMemory,
+        root: &TableRoot,
+        state: &PagingState,
+        gva: Gva,
+        access: &Access,
+        absent: &[Gpa],
+    ) -> Result<Hpa, Stop> {
+        let controls = match root {
+            TableRoot::Shadow { controls, .. } => *controls,
+            TableRoot::Nested { .. } => state.controls(),
+        };
+        let pcid = state.pcid();
+        let usable =
+            |e: &Entry| gva.0 & !e.mask == e.linear && (e.pcid == pcid || e.global && controls.global);
+        // More than one may be held for an address; any of them may answer, so the oldest does.
+        if let Some(i) = self.entries.iter().position(usable) {
+            let e = self.entries[i];
+            let ready = !access.is_write() || e.write_ready;
+            if ready && denial(e.rights, e.pkey, access, &controls).is_none() {
+                return Ok(Hpa(e.host | gva.0 & e.mask));
+            }
+            self.entries.remove(i);
+        }
+        let entry = self.walk(memory, root, state, gva, access, absent)?;
+        self.entries.push(entry);
+        Ok(Hpa(entry.host | gva.0 & entry.mask))
+    }
+
+    /// Takes in what a walk for `gva` finds now, as speculation may; nothing if it finds a fault. The walk must have no
+    /// flag to set.
+    pub fn prefetch(&mut self, memory: &GuestMemory, root: &TableRoot, state: &PagingState, gva: Gva) {
+        let access = Access { kind: AccessKind::Read, privilege: Privilege::Supervisor, ac: true };
+        if let Ok(new) = self.walk(memory, root, state, gva, &access, &[])
+            && !self.entries.contains(&new)
+        {
+            self.entries.push(new);
+        }
+    }
+
+    fn walk(
+        &mut self,
+        memory: &GuestMemory,
+        root: &TableRoot,
+        state: &PagingState,
+        gva: Gva,
+        access: &Access,
+        absent: &[Gpa],
+    ) -> Result<Entry, Stop> {
+        let pcid = state.pcid();
+        self.walks += 1;
+        let (entry, controls) = match root {
+            TableRoot::Shadow { root, format, controls } => {
+                let mut tables = HostTables::new(memory.host());
+                let Ok(walked) = walk_access(*format, root.0, gva, access, controls, &mut tables, true);
+                let t = walked.result.map_err(Stop::Page)?;
+                (Entry::new(gva, t.physical(gva.0), t.size.offset_mask(), &t, pcid), *controls)
+            }
+            TableRoot::Nested { root, format } => {
+                let mut tables = NestedMemory::new(memory.host(), *format, *root, absent);
+                let t = walk_nested(state, gva, access, &mut tables).map_err(|fault| match fault {
+                    NestedFault::Guest(fault) => Stop::Page(fault),
+                    NestedFault::Ept(fault) => Stop::Ept(fault),
+                })?;
+                let write_ready = t.guest.dirty && t.nested.dirty && t.nested.rights.contains(Rights::WRITE);
+                let entry = Entry::new(gva, t.hpa.0, t.size.offset_mask(), &t.guest, pcid);
+                (Entry { write_ready, ..entry }, state.controls())
+            }
+        };
+        Ok(Entry { global: entry.global && controls.global, ..entry })
+    }
+}

@@ -1,0 +1,2 @@
+//! placeholder of the program that runs the suites
+fn main() {}
