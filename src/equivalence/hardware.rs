@@ -107,7 +107,8 @@ impl Hardware {
             if ready && denial(e.rights, e.pkey, access, &controls).is_none() {
                 return Ok(Hpa(e.host | gva.0 & e.mask));
             }
-            self.entries.remove(i);
+            // A fault at an address forgets all that is held for it (SDM Vol. 3 §4.10.4.1); a walk in its place may.
+            self.entries.retain(|e| !usable(e));
         }
         let entry = self.walk(memory, root, state, gva, access, absent)?;
         self.entries.push(entry);

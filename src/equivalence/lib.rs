@@ -8,12 +8,15 @@
 //! is reduced to the events that matter and can be lived again by its seed.
 //!
 //! In the order of one event: [`strategy`] generates it, [`sequence`] makes it happen on both sides, [`machine`] is the one
-//! side ([`hardware`] walks the backend's tables), [`model`] the other, [`suite`] does that many times, [`tally`] counts.
+//! side ([`hardware`] walks the backend's tables), [`model`] the other, [`suite`] does that by seed, [`campaign`] many times,
+//! [`tally`] counts. Beside chance stands [`matrix`]: every access through every entry that differs in one bit.
 
+pub mod campaign;
 pub mod event;
 pub mod hardware;
 pub mod layout;
 pub mod machine;
+pub mod matrix;
 pub mod model;
 pub mod plan;
 pub mod ram;

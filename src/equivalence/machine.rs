@@ -62,6 +62,8 @@ pub struct Machine {
     memory: Arc<GuestMemory>,
     mmu: Box<dyn MmuBackend>,
     cpus: Vec<Cpu>,
+    /// For each host frame, the guest frame that was last found in front of it: where to look first.
+    seen: Vec<u32>,
     /// Faults taken, by answer: fixed, spurious, the guest's own, device, table write.
     pub answers: [u64; 5],
 }
@@ -98,7 +100,8 @@ impl Machine {
             let id = mmu.add_cpu(&state).map_err(failed("adding a CPU"))?;
             cpus.push(Cpu { id, state, hardware: Hardware::default() });
         }
-        Ok(Self { memory, mmu, cpus, answers: [0; 5] })
+        let frames = (memory.host().size() / 4096) as usize;
+        Ok(Self { memory, mmu, cpus, seen: vec![0; frames], answers: [0; 5] })
     }
 
     /// The guest's memory.
@@ -223,7 +226,7 @@ impl Machine {
     }
 
     /// Where a host-physical address is in the guest's memory: found by search, because hardware does not know.
-    fn reached(&self, gva: Gva, hpa: Hpa) -> Result<Outcome, Broken> {
+    fn reached(&mut self, gva: Gva, hpa: Hpa) -> Result<Outcome, Broken> {
         if self.memory.is_table_frame(hpa.frame()) {
             return Err(Broken::Escape { gva, hpa, what: "which is a table of the engine's" });
         }
@@ -231,10 +234,18 @@ impl Machine {
             Slot::Ram(frame) | Slot::Rom(frame) => frame == hpa.frame(),
             _ => false,
         };
-        match (0..self.memory.end().0).find(holds) {
-            Some(gfn) => Ok(Outcome::Memory(gfn << 12 | hpa.page_offset())),
-            None => Err(Broken::Escape { gva, hpa, what: "which is no memory of the guest's any more" }),
+        let seen = self.seen.get_mut(hpa.frame().0 as usize);
+        let found = match &seen {
+            Some(gfn) if holds(&u64::from(**gfn)) => Some(u64::from(**gfn)),
+            _ => (0..self.memory.end().0).find(holds),
+        };
+        let Some(gfn) = found else {
+            return Err(Broken::Escape { gva, hpa, what: "which is no memory of the guest's any more" });
+        };
+        if let Some(seen) = seen {
+            *seen = gfn as u32;
         }
+        Ok(Outcome::Memory(gfn << 12 | hpa.page_offset()))
     }
 
     /// A device stores bytes within one frame.

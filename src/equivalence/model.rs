@@ -38,6 +38,8 @@ pub struct Model {
     pub state: PagingState,
     /// What the TLB may hold.
     tlb: Tlb,
+    /// Whether the machine under test has a TLB at all.
+    remembers: bool,
     /// Something that translations depend on changed since they were last taken in.
     unlearned: bool,
     /// The addresses at which accesses are made: translations are remembered for these.
@@ -47,12 +49,13 @@ pub struct Model {
 }
 
 impl Model {
-    /// A machine with paging off.
-    pub fn new(ram: FlatRam) -> Self {
+    /// A machine with paging off; `remembers` says whether it has a TLB.
+    pub fn new(ram: FlatRam, remembers: bool) -> Self {
         Self {
             ram,
             state: PagingState::default(),
             tlb: Tlb::default(),
+            remembers,
             unlearned: true,
             addresses: Vec::new(),
             written: BTreeSet::new(),
@@ -77,7 +80,7 @@ impl Model {
 
     /// Takes in every translation that a TLB could make at this moment. Must come before anything changes.
     pub fn learn(&mut self) {
-        if !std::mem::take(&mut self.unlearned) {
+        if !self.remembers || !std::mem::take(&mut self.unlearned) {
             return;
         }
         let cpu = self.cpu();
@@ -250,11 +253,5 @@ impl Model {
         };
         self.tlb.forget(flush, pcid);
         self.unlearned = true;
-    }
-
-    /// The machine under test is known to hold nothing.
-    pub fn forget(&mut self) {
-        self.tlb = Tlb::default();
-        self.unlearned = false;
     }
 }

@@ -47,6 +47,13 @@ pub enum Wrong {
         /// The byte that is expected.
         expected: Option<u8>,
     },
+    /// The engine and the manual judge the PDPTEs differently.
+    Pdptes {
+        /// The manual refuses them.
+        refused: bool,
+        /// The engine refuses them.
+        refuses: bool,
+    },
     /// A write is missing in the dirty log.
     Unlogged {
         /// The frame.
@@ -60,13 +67,9 @@ impl From<Broken> for Wrong {
     }
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for Wrong {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.event {
-            Some(n) => write!(f, "event {n}: ")?,
-            None => write!(f, "at the beginning: ")?,
-        }
-        match &self.fault {
+        match self {
             Wrong::Broken(broken) => write!(f, "{broken}"),
             Wrong::Access { gva, access, got, permitted } => {
                 write!(f, "{access:x?} at {gva:#x} ended in {got:x?}; permitted: {permitted:x?}")
@@ -74,9 +77,23 @@ impl fmt::Display for Failure {
             Wrong::Memory { gpa, got, expected } => {
                 write!(f, "memory at {gpa:#x} is {got:x?} and should be {expected:x?}")
             }
+            Wrong::Pdptes { refused, refuses } => {
+                write!(f, "the PDPTEs are refused: {refuses}; they should be: {refused}")
+            }
             Wrong::Unlogged { gfn } => {
                 write!(f, "frame {gfn:#x} was written and is not in the dirty log")
             }
+        }
+    }
+}
+
+impl std::error::Error for Wrong {}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.event {
+            Some(n) => write!(f, "event {n}: {}", self.fault),
+            None => write!(f, "at the beginning: {}", self.fault),
         }
     }
 }
@@ -96,9 +113,10 @@ pub fn live(life: &Life, kind: Kind, seeded: Option<Seeded>, tally: &mut Tally) 
     Ok(())
 }
 
-struct Run {
-    machine: Machine,
-    model: Model,
+/// A machine and the model beside it.
+pub(crate) struct Run {
+    pub machine: Machine,
+    pub model: Model,
     discipline: Discipline,
     logging: bool,
     /// The address that an event concerned last.
@@ -106,7 +124,8 @@ struct Run {
 }
 
 impl Run {
-    fn begin(plan: &Plan, life: &Life) -> Result<Self, Wrong> {
+    /// A machine with paging off and empty memory.
+    pub fn new(plan: &Plan, discipline: Discipline) -> Result<Self, Wrong> {
         let machine = Machine::new(plan)?;
         let frames = machine.memory().end().0;
         let behind = (0..frames).map(|gfn| match machine.memory().slot(Gfn(gfn)) {
@@ -114,8 +133,12 @@ impl Run {
             Slot::Rom(_) => Behind::Rom,
             Slot::Mmio => Behind::Device,
         });
-        let model = Model::new(FlatRam::new(behind.collect()));
-        let mut run = Self { machine, model, discipline: life.discipline, logging: false, last: 0 };
+        let model = Model::new(FlatRam::new(behind.collect()), discipline != Discipline::NoTlb);
+        Ok(Self { machine, model, discipline, logging: false, last: 0 })
+    }
+
+    fn begin(plan: &Plan, life: &Life) -> Result<Self, Wrong> {
+        let mut run = Self::new(plan, life.discipline)?;
         for (n, &raw) in life.tables.iter().enumerate() {
             let (table, index) = ((n % 16) as u8, (n / 16) as u8);
             let (offset, size) = entry_of(life.setup.mode, index);
@@ -135,7 +158,7 @@ impl Run {
     }
 
     /// CPU 0's control registers change, unless the PDPTEs are malformed.
-    fn change(&mut self, state: PagingState) -> Result<(), Wrong> {
+    pub fn change(&mut self, state: PagingState) -> Result<(), Wrong> {
         let Some(state) = self.model.with_pdptes(state) else { return Ok(()) };
         let mode = self.model.state.mode();
         self.model.set_state(state);
@@ -148,10 +171,7 @@ impl Run {
     fn step(&mut self, event: &Event, tally: &mut Tally) -> Result<(), Wrong> {
         self.happen(event, tally)?;
         match self.discipline {
-            Discipline::NoTlb => {
-                self.machine.forget();
-                self.model.forget();
-            }
+            Discipline::NoTlb => self.machine.forget(),
             // The worst TLB there may be: it holds whatever it may hold. An access takes the oldest of it.
             Discipline::Lazy if self.model.state.mode() != PagingMode::Off => {
                 let addresses = self.model.speculable();
@@ -255,7 +275,7 @@ impl Run {
     }
 
     /// An access within a page, on the machine and on the model.
-    fn access(
+    pub fn access(
         &mut self,
         cpu: usize,
         gva: u64,
@@ -328,7 +348,7 @@ impl Run {
         Ok(())
     }
 
-    fn device_store(&mut self, gpa: u64, data: &[u8]) -> Result<(), Wrong> {
+    pub fn device_store(&mut self, gpa: u64, data: &[u8]) -> Result<(), Wrong> {
         self.model.host_store(gpa, data);
         self.model.written.insert(gpa >> 12);
         Ok(self.machine.dma(Gpa(gpa), data)?)
@@ -422,7 +442,7 @@ impl Run {
     }
 
     /// A frame holds the same bytes on both sides.
-    fn same_frame(&self, gfn: u64) -> Result<(), Wrong> {
+    pub fn same_frame(&self, gfn: u64) -> Result<(), Wrong> {
         let memory = self.machine.memory();
         let mut bytes = [0; 4096];
         let here = match memory.slot(Gfn(gfn)) {

@@ -207,7 +207,7 @@ pub fn life(events: usize) -> impl Strategy<Value = Life> {
     ]);
     let tables =
         prop_oneof![1 => prop::collection::vec(entry(), 0..64), 9 => prop::collection::vec(entry(), 64)];
-    let events = prop::collection::vec(event(), 1..=events);
+    let events = prop::collection::vec(event(), 1..=events.max(1));
     (choices, discipline, setup(), tables, events).prop_map(|(choices, discipline, setup, tables, events)| {
         Life { choices, discipline, setup, tables, events }
     })

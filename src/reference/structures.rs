@@ -55,7 +55,7 @@ impl Visit {
 
 /// Bits `high` down to `low`; none if that is empty.
 fn mask(high: u32, low: u32) -> u64 {
-    (low..=high).fold(0, |m, n| m | 1 << n)
+    if high < low { 0 } else { u64::MAX >> (63 - high) & u64::MAX << low }
 }
 
 fn bit(entry: u64, n: u32) -> bool {

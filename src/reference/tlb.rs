@@ -95,13 +95,13 @@ impl Tlb {
     }
 }
 
-/// What a change of control registers from `old` to `new` makes a processor forget (§4.10.4.1): everything where paging
-/// goes off or comes on, where CR4.PGE, CR4.PAE, CR4.LA57, CR4.PCIDE (when it is cleared) or IA32_EFER.NXE change, and where
-/// CR4.SMEP comes on; nothing for CR0.WP, CR4.SMAP, CR4.PKE and PKRU, which apply to what is remembered. CR4.PSE is not
-/// in the manual's list; processors flush, and so does this bound.
+/// What a change of control registers from `old` to `new` makes a processor forget (§4.10.4.1): everything where CR0.PG,
+/// CR4.PGE or CR4.PAE change, where CR4.PCIDE goes off and where CR4.SMEP comes on; nothing for CR0.WP, CR4.SMAP, CR4.PKE
+/// and PKRU, which apply to what is remembered. CR4.PSE, CR4.LA57 and IA32_EFER.NXE are not in the manual's list; where
+/// they change how entries are read, processors flush, and so does this bound.
 pub fn must_forget(old: &Cpu, new: &Cpu) -> TlbFlush {
-    let mode = |cpu: &Cpu| (cpu.pg, cpu.pae, cpu.lma, cpu.la57, cpu.pse, cpu.nxe);
+    let read = |cpu: &Cpu| (cpu.pg, cpu.pae, cpu.lma, cpu.la57, cpu.pse, cpu.pae && cpu.nxe);
     let smep = new.smep && !old.smep;
     let pcide = old.pcide && !new.pcide;
-    if mode(old) != mode(new) || old.pge != new.pge || smep || pcide { TlbFlush::All } else { TlbFlush::None }
+    if read(old) != read(new) || old.pge != new.pge || smep || pcide { TlbFlush::All } else { TlbFlush::None }
 }
