@@ -49,6 +49,9 @@ pub enum Broken {
     },
 }
 
+/// How many guest frames are remembered; few host frames share a place.
+const SEEN: usize = 1024;
+
 /// One CPU.
 #[derive(Debug)]
 struct Cpu {
@@ -62,8 +65,8 @@ pub struct Machine {
     memory: Arc<GuestMemory>,
     mmu: Box<dyn MmuBackend>,
     cpus: Vec<Cpu>,
-    /// For each host frame, the guest frame that was last found in front of it: where to look first.
-    seen: Vec<u32>,
+    /// The guest frame that was last found in front of a host frame, by the low bits of its number: where to look first.
+    seen: [u32; SEEN],
     /// Faults taken, by answer: fixed, spurious, the guest's own, device, table write.
     pub answers: [u64; 5],
 }
@@ -100,8 +103,7 @@ impl Machine {
             let id = mmu.add_cpu(&state).map_err(failed("adding a CPU"))?;
             cpus.push(Cpu { id, state, hardware: Hardware::default() });
         }
-        let frames = (memory.host().size() / 4096) as usize;
-        Ok(Self { memory, mmu, cpus, seen: vec![0; frames], answers: [0; 5] })
+        Ok(Self { memory, mmu, cpus, seen: [0; SEEN], answers: [0; 5] })
     }
 
     /// The guest's memory.
@@ -234,17 +236,13 @@ impl Machine {
             Slot::Ram(frame) | Slot::Rom(frame) => frame == hpa.frame(),
             _ => false,
         };
-        let seen = self.seen.get_mut(hpa.frame().0 as usize);
-        let found = match &seen {
-            Some(gfn) if holds(&u64::from(**gfn)) => Some(u64::from(**gfn)),
-            _ => (0..self.memory.end().0).find(holds),
-        };
+        let seen = &mut self.seen[hpa.frame().0 as usize % SEEN];
+        let likely = u64::from(*seen);
+        let found = if holds(&likely) { Some(likely) } else { (0..self.memory.end().0).find(holds) };
         let Some(gfn) = found else {
             return Err(Broken::Escape { gva, hpa, what: "which is no memory of the guest's any more" });
         };
-        if let Some(seen) = seen {
-            *seen = gfn as u32;
-        }
+        *seen = gfn as u32;
         Ok(Outcome::Memory(gfn << 12 | hpa.page_offset()))
     }
 

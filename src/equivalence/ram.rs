@@ -16,17 +16,17 @@ pub enum Behind {
     Device,
 }
 
-/// Guest-physical memory.
+/// Guest-physical memory. A frame that was never written has no bytes of its own: they are zero.
 #[derive(Clone, Debug)]
 pub struct FlatRam {
-    bytes: Vec<u8>,
+    frames: Vec<Option<Box<[u8; FRAME]>>>,
     behind: Vec<Behind>,
 }
 
 impl FlatRam {
     /// Zeroed memory; `behind` has a word for each frame, and beyond the last is nothing.
     pub fn new(behind: Vec<Behind>) -> Self {
-        Self { bytes: vec![0; behind.len() * FRAME], behind }
+        Self { frames: vec![None; behind.len()], behind }
     }
 
     /// What is behind the frame of a guest-physical address.
@@ -48,23 +48,26 @@ impl FlatRam {
         let Some(slot) = self.behind.get_mut(gfn as usize) else { return };
         *slot = behind;
         if zero {
-            self.bytes[gfn as usize * FRAME..(gfn as usize + 1) * FRAME].fill(0);
+            self.frames[gfn as usize] = None;
         }
+    }
+
+    fn bytes(&self, gfn: u64) -> &[u8; FRAME] {
+        const ZERO: &[u8; FRAME] = &[0; FRAME];
+        self.frames.get(gfn as usize).and_then(|frame| frame.as_deref()).unwrap_or(ZERO)
     }
 
     /// The bytes of a frame, if it is memory.
     pub fn frame(&self, gfn: u64) -> Option<&[u8]> {
-        if self.behind(gfn << 12) == Behind::Device {
-            return None;
-        }
-        self.bytes.get(gfn as usize * FRAME..(gfn as usize + 1) * FRAME)
+        (self.behind(gfn << 12) != Behind::Device).then(|| &self.bytes(gfn)[..])
     }
 
     /// Stores bytes within one frame whatever is behind it but a device, as the host does.
     pub fn store(&mut self, gpa: u64, data: &[u8]) {
         if self.behind(gpa) != Behind::Device {
-            let at = gpa as usize;
-            self.bytes[at..at + data.len()].copy_from_slice(data);
+            let frame = self.frames[(gpa >> 12) as usize].get_or_insert_with(|| Box::new([0; FRAME]));
+            let at = (gpa & 0xfff) as usize;
+            frame[at..at + data.len()].copy_from_slice(data);
         }
     }
 
@@ -73,8 +76,8 @@ impl FlatRam {
         if self.behind(gpa) == Behind::Device {
             data.fill(0xff);
         } else {
-            let at = gpa as usize;
-            data.copy_from_slice(&self.bytes[at..at + data.len()]);
+            let at = (gpa & 0xfff) as usize;
+            data.copy_from_slice(&self.bytes(gpa >> 12)[at..at + data.len()]);
         }
     }
 }

@@ -438,18 +438,23 @@ impl Run {
     }
 
     fn compare(&self, frames: impl Iterator<Item = u64>) -> Result<(), Wrong> {
-        frames.into_iter().try_for_each(|gfn| self.same_frame(gfn))
+        // One buffer for all: a fresh one for each frame would cost as much as the comparison.
+        let mut bytes = [0; 4096];
+        frames.into_iter().try_for_each(|gfn| self.same_bytes(gfn, &mut bytes))
     }
 
     /// A frame holds the same bytes on both sides.
     pub fn same_frame(&self, gfn: u64) -> Result<(), Wrong> {
+        self.same_bytes(gfn, &mut [0; 4096])
+    }
+
+    fn same_bytes(&self, gfn: u64, bytes: &mut [u8; 4096]) -> Result<(), Wrong> {
         let memory = self.machine.memory();
-        let mut bytes = [0; 4096];
         let here = match memory.slot(Gfn(gfn)) {
             Slot::Ram(frame) | Slot::Rom(frame) => {
-                memory.host().read(frame.base(), &mut bytes).then_some(&bytes[..])
+                memory.host().read(frame.base(), bytes).then_some(&bytes[..])
             }
-            Slot::Unbacked => Some(&bytes[..]),
+            Slot::Unbacked => Some(&[0; 4096][..]),
             Slot::Mmio => None,
         };
         let there = self.model.ram.frame(gfn);
