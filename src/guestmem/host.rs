@@ -11,11 +11,13 @@
 //!
 //! Frames can carry marks. A frame marked [`FrameMark::CODE`] holds bytes that a CPU has decoded; when anything but
 //! that CPU writes it (a device, a loader, a backend that sets accessed bits), the write is noted, and the CPU
-//! collects the notes before it runs on ([`HostMemory::take_code_writes`]).
+//! collects the notes before it runs on ([`HostMemory::take_code_writes`]). Which frames are written at all is noted on
+//! demand ([`HostMemory::start_write_log`]).
 
 use crate::accounts::filled;
 use crate::addr::{Hfn, Hpa, PAGE_SIZE};
 use crate::map::PhysMap;
+use crate::writes::WriteLog;
 use std::fs::File;
 use std::os::fd::FromRawFd;
 use std::sync::Mutex;
@@ -78,6 +80,7 @@ pub struct HostMemory {
     marks: Box<[AtomicU8]>,
     code_written: AtomicBool,
     code_writes: Mutex<Vec<(Hpa, u64)>>,
+    writes: WriteLog,
 }
 
 // SAFETY: `base` points to the mapping that `region` owns for as long as `self` lives; all access through it is
@@ -147,6 +150,7 @@ impl HostMemory {
             marks,
             code_written: AtomicBool::new(false),
             code_writes: Mutex::new(Vec::new()),
+            writes: WriteLog::default(),
         })
     }
 
@@ -246,12 +250,30 @@ impl HostMemory {
             return;
         }
         let last = hpa.0.saturating_add(len - 1) / PAGE_SIZE;
+        self.writes.note_range(hpa.frame(), Hfn(last));
         for frame in hpa.0 / PAGE_SIZE..=last {
             if self.marks(Hfn(frame)).contains(FrameMark::CODE) {
                 self.note_code_write(hpa, len);
                 return;
             }
         }
+    }
+
+    /// Notes that a CPU writes a frame, or may do so from now on without another note: it has filled its TLB for that.
+    #[inline]
+    pub fn note_writable(&self, frame: Hfn) {
+        self.writes.note(frame);
+    }
+
+    /// Begins to note which frames are written ([`WriteLog`]).
+    pub fn start_write_log(&self) -> Result<(), HostMemoryError> {
+        self.writes.start(self.size / PAGE_SIZE)
+    }
+
+    /// The frames that may have been written since the last call, ascending; none before [`Self::start_write_log`]. What a
+    /// CPU may still write by its TLB must be counted in at the *next* call.
+    pub fn take_writes(&self) -> Vec<Hfn> {
+        self.writes.take()
     }
 
     #[cold]

@@ -9,7 +9,8 @@
 //! 3. [`frames`]: which host frames are free;
 //! 4. [`map`]: the guest-physical map (GPA → HPA; Xen calls it p2m) and its placement policies;
 //! 5. [`guest`]: [`GuestMemory`], all of it together, as backends, loaders and devices see it;
-//! 6. [`dirty`]: which guest frames were written since last asked.
+//! 6. [`dirty`]: which guest frames were written since last asked, by taking write rights away;
+//!    [`writes`]: which host frames may have been, by notes of the writers, for those who must change nothing.
 //!
 //! Because tables and RAM live in the same memory object and entries hold offsets into it, the same table can be
 //! walked by the software CPU or be handed to a real CPU whose physical memory is that object.
@@ -25,9 +26,11 @@ pub mod host;
 mod layout;
 pub mod map;
 mod view;
+pub mod writes;
 
 pub use addr::{Gfn, Gpa, Gva, Hfn, Hpa, PAGE_SHIFT, PAGE_SIZE, PageSize};
 pub use dirty::DirtyLog;
 pub use guest::{Backing, GuestMemory, MemoryConfig, MemoryError, RegionConfig, RegionKind};
 pub use host::{FrameMark, HostMemory};
 pub use map::{Policy, Slot};
+pub use writes::WriteLog;

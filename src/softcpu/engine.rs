@@ -23,7 +23,7 @@ use guestmem::GuestMemory;
 use mmu::nested::EptQualification;
 use mmu::{Counters, Fault, FaultKind, Intercepts, PagingState, TableRoot, TlbFlush};
 use std::sync::Arc;
-use vcpu::{Answer, ArchState, Entry, Exit, Vcpu, VcpuError};
+use vcpu::{Answer, ArchState, CachedTranslation, Entry, Exit, Vcpu, VcpuError};
 
 /// What makes the engine execute one instruction at a time.
 const ALONE: Attention =
@@ -397,6 +397,10 @@ impl Vcpu for SoftCpu {
         self.code.clear(&mut self.core);
         self.core.set_arch_state(state);
         self.pending = None;
+    }
+
+    fn cached_translations(&self) -> Vec<CachedTranslation> {
+        self.core.cached_translations()
     }
 
     fn counters(&self) -> &Counters {

@@ -275,6 +275,7 @@ impl Core {
     fn write_host(&mut self, hpa: Hpa, data: &[u8]) {
         if let Some(slice) = self.memory.host().slice(hpa, data.len()) {
             slice.copy_from(data);
+            self.memory.host().note_writable(hpa.frame());
         }
     }
 
@@ -479,6 +480,9 @@ impl Core {
         if !self.memory.host().contains(hpa.page_base(), PAGE_SIZE) {
             self.failure = Some(VcpuError::BadTranslation { gva: Gva(lin), hpa });
             return Err(Stop::Exit);
+        }
+        if side == TlbSide::Write {
+            self.memory.host().note_writable(hpa.frame());
         }
         let decoded =
             side == TlbSide::Write && self.memory.host().marks(hpa.frame()).contains(FrameMark::CODE);

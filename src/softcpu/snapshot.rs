@@ -1,10 +1,13 @@
-//! The CPU's architectural state as plain data, out and in.
+//! The CPU's architectural state as plain data, out and in; and what its TLB holds, out only.
 
 use crate::core::{Attention, Core};
 use crate::flags::bit;
 use crate::op::REG_IP;
-use vcpu::ArchState;
+use crate::tlb::TlbMode;
+use guestmem::{Gva, Hpa};
+use mmu::{Access, AccessKind, Privilege};
 use vcpu::state::seg;
+use vcpu::{ArchState, CachedTranslation};
 
 /// The MSRs of a snapshot, in ascending order of index, and where they are kept.
 macro_rules! msrs {
@@ -57,6 +60,33 @@ impl Core {
             halted: self.attention.contains(Attention::HALTED),
             ticks: self.ticks,
         }
+    }
+
+    /// Every entry of the TLB.
+    pub fn cached_translations(&self) -> Vec<CachedTranslation> {
+        // A tag is the page's address with the context and, in its lowest two bits, the mode in place of the offset.
+        const CONTEXT: u64 = 0xffc;
+        let here = self.tlb.key & CONTEXT;
+        let arrays = [
+            (AccessKind::Read, &self.tlb.read),
+            (AccessKind::Write, &self.tlb.write),
+            (AccessKind::Execute, &self.tlb.fetch),
+        ];
+        let mut held = Vec::new();
+        for (kind, array) in arrays {
+            held.extend(array.held().map(|(entry, global)| {
+                let (page, mode) = (entry.tag & !0xfff, entry.tag & 3);
+                let user = mode == TlbMode::User as u64;
+                let privilege = if user { Privilege::User } else { Privilege::Supervisor };
+                CachedTranslation {
+                    gva: Gva(page),
+                    hpa: Hpa(page.wrapping_add(entry.addend).wrapping_sub(self.host_base)),
+                    access: Access { kind, privilege, ac: mode == TlbMode::SupervisorAc as u64 },
+                    current: global || entry.tag & CONTEXT == here,
+                }
+            }));
+        }
+        held
     }
 
     /// Replaces everything architectural. What an instruction under way had been answered is forgotten.

@@ -80,6 +80,11 @@ impl TlbArray {
         self.global[slot] = global;
     }
 
+    /// What it holds: the entries, and whether each is global.
+    pub fn held(&self) -> impl Iterator<Item = (TlbEntry, bool)> + '_ {
+        self.entries.iter().copied().zip(self.global.iter().copied()).filter(|(e, _)| e.tag != 0)
+    }
+
     fn clear(&mut self) {
         self.entries.fill(TlbEntry::default());
     }

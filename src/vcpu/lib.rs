@@ -5,11 +5,13 @@
 //! from its start and finds the answers it asked for, in order, until it completes. So an instruction may exit several
 //! times (a page fault of the engine's, then a device read, then a device write) and still executes exactly once.
 //!
-//! Read [`exit`], then [`state`].
+//! Read [`exit`], then [`state`] and [`cached`].
 
+pub mod cached;
 pub mod exit;
 pub mod state;
 
+pub use cached::CachedTranslation;
 pub use exit::{Answer, Entry, Exit, TableStore};
 pub use state::{ArchState, Segment, TableRegister};
 
@@ -75,6 +77,11 @@ pub trait Vcpu {
     fn state(&self) -> ArchState;
     /// Replaces the whole architectural state and empties the TLB.
     fn set_state(&mut self, state: &ArchState);
+
+    /// The translations that the TLB holds, for whoever compares them; none where the CPU cannot tell.
+    fn cached_translations(&self) -> Vec<CachedTranslation> {
+        Vec::new()
+    }
 
     /// What the CPU counted itself.
     fn counters(&self) -> &Counters;
