@@ -2,7 +2,7 @@
 //!
 //! It stands before everything else. Option names follow cloud-hypervisor's where both have the thing. Everything of ours
 //! goes to standard error while a guest may be writing to standard output; tables that are the product itself
-//! (`compare`, `guests`, `report`, and the main job) go to standard output.
+//! (`compare`, `lockstep`, `guests`, `report`, and the main job) go to standard output.
 
 use crate::backend::{MmuKind, MmuOptions};
 use crate::clock::ClockKind;
@@ -10,6 +10,8 @@ use crate::compare::Comparison;
 use crate::console::Sink;
 use crate::error::Error;
 use crate::job::{self, JobReport};
+use crate::lockstep::LockstepReport;
+use crate::lockstep_command::{self, LockstepArgs};
 use crate::machine::{Limits, MachineConfig};
 use crate::quantity::parse_size;
 use crate::report::Report;
@@ -42,6 +44,8 @@ enum Command {
     Run(RunArgs),
     /// Run one guest once per MMU backend and show the figures side by side
     Compare(CompareArgs),
+    /// Run one guest under two configurations at once and explain the first difference between them
+    Lockstep(LockstepArgs),
     /// List the embedded guests
     Guests,
     /// Show a report that was written by --report
@@ -85,8 +89,9 @@ struct CompareArgs {
     serial: Sink,
 }
 
+/// The options that describe the machine.
 #[derive(Debug, Args)]
-struct MachineArgs {
+pub(crate) struct MachineArgs {
     /// A bzImage, a 64-bit ELF (PVH too) or a multiboot ELF32
     #[arg(long, value_name = "FILE", required_unless_present = "guest", conflicts_with = "guest")]
     kernel: Option<PathBuf>,
@@ -125,7 +130,7 @@ struct MachineArgs {
     ept_off: Vec<String>,
     /// Where the debug console (port 0xe9) goes: stdio, null or file:PATH
     #[arg(long, value_name = "WHERE", default_value = "null")]
-    debug_console: Sink,
+    pub(crate) debug_console: Sink,
     /// End the run after this many instructions, with exit status 124
     #[arg(long, value_name = "N")]
     max_instructions: Option<u64>,
@@ -137,7 +142,7 @@ struct MachineArgs {
     audit: Option<u64>,
     /// Write the report to this file, as JSON
     #[arg(long, value_name = "FILE.json")]
-    report: Option<PathBuf>,
+    pub(crate) report: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -149,7 +154,8 @@ enum CpuKind {
     Kvm,
 }
 
-fn parse_policy(text: &str) -> Result<Policy, String> {
+/// Reads a placement policy.
+pub(crate) fn parse_policy(text: &str) -> Result<Policy, String> {
     const DEFAULT_SEED: u64 = 1;
     match text.split_once(':') {
         None if text == "linear" => Ok(Policy::Linear),
@@ -164,7 +170,8 @@ fn parse_policy(text: &str) -> Result<Policy, String> {
 }
 
 impl MachineArgs {
-    fn config(&self) -> Result<MachineConfig, Error> {
+    /// The machine, under the default backend.
+    pub(crate) fn config(&self) -> Result<MachineConfig, Error> {
         if self.cpu == CpuKind::Kvm {
             return Err(Error::Option("--cpu kvm is not built into this version; use --cpu soft".into()));
         }
@@ -213,7 +220,8 @@ fn read(path: &Path) -> Result<Vec<u8>, Error> {
     std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })
 }
 
-fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
+/// Writes what `--report` asks for.
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
     let failed = |source| Error::Write { path: path.to_owned(), source };
     let mut text = serde_json::to_string_pretty(value).map_err(|e| failed(e.into()))?;
     text.push('\n');
@@ -221,7 +229,7 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Error> {
 }
 
 /// Prints what was asked for. A reader that has gone away (`| head`) is not an error.
-fn print(text: &str) {
+pub(crate) fn print(text: &str) {
     let mut stdout = std::io::stdout().lock();
     let _reader_may_be_gone = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
 }
@@ -233,6 +241,7 @@ pub fn main() -> ExitCode {
         None => main_job(cli.report.as_deref()),
         Some(Command::Run(args)) => run(args),
         Some(Command::Compare(args)) => compare(args),
+        Some(Command::Lockstep(args)) => lockstep_command::run(args),
         Some(Command::Guests) => {
             print(&list_guests());
             Ok(0)
@@ -321,6 +330,7 @@ fn list_guests() -> String {
 enum AnyReport {
     Job(JobReport),
     Comparison(Comparison),
+    Lockstep(Box<LockstepReport>),
     // The largest, behind a pointer.
     Run(Box<Report>),
 }
@@ -330,6 +340,7 @@ fn show_report(path: &Path) -> Result<u8, Error> {
     print(&match serde_json::from_slice(&read(path)?).map_err(bad)? {
         AnyReport::Job(job) => job.text(),
         AnyReport::Comparison(comparison) => comparison.text(),
+        AnyReport::Lockstep(report) => report.text(),
         AnyReport::Run(report) => tables::report(&report),
     });
     Ok(0)

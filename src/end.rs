@@ -62,6 +62,11 @@ impl End {
         }
     }
 
+    /// Whether the guest had no part in it: a limit of time or a signal, which come at any moment.
+    pub const fn is_from_outside(&self) -> bool {
+        matches!(self, End::TimeLimit { .. } | End::Interrupted)
+    }
+
     /// A few words for a table.
     pub fn phrase(&self) -> String {
         match self {

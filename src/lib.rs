@@ -22,7 +22,8 @@
 //!
 //! Read in this order: [`machine`] (the builder), [`run`] (the loop), `exits` (what is done about each exit),
 //! [`backend`] (the choice between shadow and ept), [`startup`], [`clock`], [`console`], [`end`], [`measure`],
-//! `observe` and [`report`], [`tables`] and [`compare`], then [`cli`] and [`mod@job`]. `docs/architecture.md` follows three
+//! `observe` and [`report`], [`tables`] and [`compare`], then [`cli`] and [`mod@job`]; and [`lockstep`] with the
+//! files named after it. `docs/architecture.md` follows three
 //! events through all of it.
 
 pub mod backend;
@@ -35,6 +36,20 @@ pub mod error;
 mod exits;
 mod host_events;
 pub mod job;
+pub mod lockstep;
+mod lockstep_command;
+mod lockstep_difference;
+mod lockstep_instruction;
+mod lockstep_memory;
+mod lockstep_pair;
+mod lockstep_search;
+mod lockstep_settings;
+mod lockstep_side;
+mod lockstep_state;
+mod lockstep_tables;
+mod lockstep_text;
+mod lockstep_translations;
+mod lockstep_walks;
 pub mod machine;
 pub mod measure;
 mod observe;
@@ -54,6 +69,7 @@ pub use clock::ClockKind;
 pub use compare::Comparison;
 pub use end::End;
 pub use error::Error;
+pub use lockstep::{Lockstep, LockstepOptions, LockstepReport};
 pub use machine::{Limits, Machine, MachineConfig, Wiring};
 pub use observe::policy_name;
 pub use report::Report;

@@ -131,6 +131,11 @@ impl Machine {
         ended
     }
 
+    /// Whether no instruction is half done: it has left the guest, and waits for an answer or for its delivery to go on.
+    pub fn between_instructions(&self) -> bool {
+        !self.loop_state.mid_instruction
+    }
+
     fn run_loop(&mut self) -> Result<End, Error> {
         loop {
             if let Some(end) = self.before_entry()? {

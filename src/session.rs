@@ -44,27 +44,40 @@ pub fn stop_on_signals() -> Result<Arc<AtomicBool>, Error> {
 impl Session {
     /// Builds the machine and runs it to its end. An engine that fails half-way still gives a report.
     pub fn run(&self, config: MachineConfig) -> Result<Report, Error> {
-        let typed = self.input && self.serial == Sink::Stdio;
-        let wiring = Wiring {
-            serial: self.serial.open()?,
-            debug: self.debug.open()?,
-            input: if typed { Some(Input::stdin().map_err(Error::Host)?) } else { None },
-            stop: Arc::clone(&self.stop),
-            progress: self.progress_line(),
-            trace: self.open_trace()?,
-        };
-        let mut machine = Machine::new(config, wiring)?;
-        let terminal = if typed { RawTerminal::enter() } else { None };
+        let mut machine = Machine::new(config, self.wiring()?)?;
+        let terminal = if self.typed() { RawTerminal::enter() } else { None };
         let ended = machine.run();
         drop(terminal);
-        if self.progress {
-            erase_line();
-        }
+        self.end_progress();
         if machine.serial().mid_line() && self.serial == Sink::Stdio {
             // What we say next begins on a line of its own.
             eprintln!();
         }
         Ok(machine.report(&ended))
+    }
+
+    /// Opens everything that a machine is connected to.
+    pub fn wiring(&self) -> Result<Wiring, Error> {
+        Ok(Wiring {
+            serial: self.serial.open()?,
+            debug: self.debug.open()?,
+            input: if self.typed() { Some(Input::stdin().map_err(Error::Host)?) } else { None },
+            stop: Arc::clone(&self.stop),
+            progress: self.progress_line(),
+            trace: self.open_trace()?,
+        })
+    }
+
+    /// Takes the progress line away.
+    pub fn end_progress(&self) {
+        if self.progress {
+            erase_line();
+        }
+    }
+
+    /// Whether the guest hears what is typed.
+    fn typed(&self) -> bool {
+        self.input && self.serial == Sink::Stdio
     }
 
     fn open_trace(&self) -> Result<Option<Box<dyn Write>>, Error> {

@@ -1,0 +1,263 @@
+//! A difference, explained: which instruction made it, what differs, and both walks of the addresses involved.
+//!
+//! It stands at the end of a lockstep run that found one, and reads two machines that stand right behind the difference.
+
+use crate::lockstep_instruction::Instruction;
+use crate::lockstep_memory::Frames;
+use crate::lockstep_pair::{Disagreement, Pair};
+use crate::lockstep_search::{Before, Found, Invalidation};
+use crate::lockstep_state::Row;
+use crate::lockstep_tables::{self, GuestTable};
+use crate::lockstep_translations::words;
+use crate::lockstep_walks::{Stale, Walks, walks};
+use crate::measure::{CAUSES, OUTCOMES};
+use crate::quantity::grouped;
+use guestmem::{Gpa, Gva};
+use mmu::Counter;
+use serde::{Deserialize, Serialize};
+
+/// So many words of memory are shown.
+const WORDS: usize = 16;
+/// So many addresses are walked.
+const ADDRESSES: usize = 3;
+
+/// The first difference between two machines.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Difference {
+    /// After so many instructions everything was the same.
+    pub same_at: u64,
+    /// After so many it was not.
+    pub differs_at: u64,
+    /// What both executed in between; `None` where the difference could not be narrowed down to one instruction.
+    pub instruction: Option<Instruction>,
+    /// Registers, time, devices and output that differ.
+    pub state: Vec<Row>,
+    /// Memory that differs, at most [`WORDS`] words of it.
+    pub memory: Vec<MemoryRow>,
+    /// How many words of memory differ.
+    pub memory_words: u64,
+    /// Translations that contradict each other.
+    pub translations: Vec<Row>,
+    /// What happened on the way, where it was not the same or left the guest.
+    pub events: Vec<Row>,
+    /// The walks.
+    pub walks: Vec<Walks>,
+    /// What else the reader should know.
+    pub remarks: Vec<String>,
+}
+
+/// Eight bytes of guest memory that differ.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryRow {
+    /// Where.
+    pub gpa: u64,
+    /// What they are on the left.
+    pub left: u64,
+    /// What they are on the right.
+    pub right: u64,
+    /// What it means, where that is known.
+    pub meaning: Option<String>,
+}
+
+/// An address to be walked, and why.
+struct Address {
+    gva: Gva,
+    why: Vec<String>,
+    /// Whether it is shown only where nothing better is known.
+    fallback: bool,
+}
+
+impl Difference {
+    /// A difference that was found at a stop and not again in the search.
+    pub(crate) fn unsearched(pair: &Pair, disagreement: &Disagreement, same_at: u64, why: &str) -> Self {
+        let mut difference = Self::of(pair, disagreement, same_at);
+        difference.remarks.push(why.to_owned());
+        difference
+    }
+
+    /// Explains what was found.
+    pub(crate) fn explain(found: &Found) -> Self {
+        let Found { pair, before, disagreement, invalidations } = found;
+        let mut difference = Self::of(pair, disagreement, before.retired);
+        difference.instruction.clone_from(&before.instruction);
+        difference.events = events(pair, before);
+        let addresses = difference.addresses(pair, before, disagreement);
+        for address in addresses {
+            let why = address.why.join("; ");
+            let (walks, stale) = walks(&pair.left, &pair.right, address.gva, why);
+            for entry in stale {
+                difference.remarks.push(remark(address.gva, &entry, invalidations));
+            }
+            difference.walks.push(walks);
+        }
+        difference
+    }
+
+    fn of(pair: &Pair, disagreement: &Disagreement, same_at: u64) -> Self {
+        let mut frames = Frames::default();
+        let mut memory = Vec::new();
+        let mut memory_words = 0;
+        for &gfn in &disagreement.frames {
+            let words = frames.words(&pair.left, &pair.right, gfn);
+            memory_words += words.len() as u64;
+            let room = WORDS.saturating_sub(memory.len());
+            let table = if room > 0 { table(pair, gfn.base()) } else { None };
+            memory.extend(words.into_iter().take(room).map(|(gpa, left, right)| MemoryRow {
+                gpa: gpa.0,
+                left,
+                right,
+                meaning: table.map(|t| lockstep_tables::explain(&t, gpa, left, right).1),
+            }));
+        }
+        Self {
+            same_at,
+            differs_at: pair.left.retired().max(pair.right.retired()),
+            instruction: None,
+            state: disagreement.state.clone(),
+            memory,
+            memory_words,
+            translations: disagreement.translations.iter().map(|(_, row)| row.clone()).collect(),
+            events: Vec::new(),
+            walks: Vec::new(),
+            remarks: Vec::new(),
+        }
+    }
+
+    /// The addresses that have to do with the difference.
+    fn addresses(&self, pair: &Pair, before: &Before, disagreement: &Disagreement) -> Vec<Address> {
+        let mut found = Vec::new();
+        if let Some(instruction) = &before.instruction {
+            for operand in instruction.operands(&before.state) {
+                let why =
+                    if operand.write { "written by the instruction" } else { "read by the instruction" };
+                add(&mut found, operand.gva, why, false);
+            }
+            add(&mut found, fetched(before), "fetched: the instruction itself", true);
+        }
+        let (l, r) = (pair.left.machine.cpu.state(), pair.right.machine.cpu.state());
+        if l.cr2 != r.cr2 {
+            for (cr2, name) in [(l.cr2, "left"), (r.cr2, "right")] {
+                if cr2 != before.state.cr2 {
+                    add(&mut found, Gva(cr2), &format!("the {name} side's page fault was here"), false);
+                }
+            }
+        }
+        for row in &self.memory {
+            let Some(table) = table(pair, Gpa(row.gpa)) else { continue };
+            for gva in lockstep_tables::explain(&table, Gpa(row.gpa), row.left, row.right).0 {
+                let why = format!("its level-{} entry differs", table.level);
+                match found.iter_mut().find(|a| a.gva.0 >> table.shift == gva.0 >> table.shift) {
+                    Some(address) => {
+                        address.fallback = false;
+                        address.why.push(why);
+                    }
+                    None => add(&mut found, gva, &why, false),
+                }
+            }
+        }
+        for (gva, _) in &disagreement.translations {
+            add(&mut found, *gva, "its translations contradict each other", false);
+        }
+        if found.iter().any(|address| !address.fallback) {
+            found.retain(|address| !address.fallback);
+        }
+        // Those whose entries differ say most.
+        found.sort_by_key(|address| !address.why.iter().any(|why| why.contains("entry differs")));
+        found.truncate(ADDRESSES);
+        found
+    }
+
+    /// The difference in one sentence.
+    pub fn sentence(&self) -> String {
+        let what = self
+            .memory
+            .iter()
+            .find_map(|row| row.meaning.clone())
+            .or_else(|| self.state.iter().find(|row| row.what != "rip").map(|row| format!("in {}", row.what)))
+            .or_else(|| self.memory.first().map(|row| format!("in memory at gpa {:#x}", row.gpa)))
+            .or_else(|| self.translations.first().map(|row| format!("in the translation of {}", row.what)))
+            .unwrap_or_else(|| "in rip".into());
+        match &self.instruction {
+            Some(i) => format!(
+                "left and right differ after instruction {} ('{}' at {:#x}): {what}",
+                grouped(self.differs_at),
+                i.text,
+                i.rip
+            ),
+            None => format!(
+                "left and right differ between instruction {} and {}: {what}",
+                grouped(self.same_at),
+                grouped(self.differs_at)
+            ),
+        }
+    }
+}
+
+fn table(pair: &Pair, gpa: Gpa) -> Option<GuestTable> {
+    let frame = gpa.frame();
+    lockstep_tables::table_in(&pair.left, frame).or_else(|| lockstep_tables::table_in(&pair.right, frame))
+}
+
+/// Adds an address, or one more reason where its page is there already.
+fn add(found: &mut Vec<Address>, gva: Gva, why: &str, fallback: bool) {
+    match found.iter_mut().find(|address| address.gva.page_base() == gva.page_base()) {
+        Some(address) => {
+            address.fallback &= fallback;
+            if !address.why.iter().any(|known| known == why) {
+                address.why.push(why.to_owned());
+            }
+        }
+        None => found.push(Address { gva, why: vec![why.to_owned()], fallback }),
+    }
+}
+
+/// The linear address of RIP.
+fn fetched(before: &Before) -> Gva {
+    let base = before.state.segments[vcpu::state::seg::CS].base;
+    Gva(before.state.rip.wrapping_add(base))
+}
+
+/// What the step was for each side: the exits and events of it. Our own stops are left out.
+fn events(pair: &Pair, before: &Before) -> Vec<Row> {
+    const OURS: [Counter; 2] = [Counter::ExitHost, Counter::ExitDeadline];
+    const MORE: [Counter; 6] = [
+        Counter::InterruptsInjected,
+        Counter::NmisInjected,
+        Counter::GuestPageFaults,
+        Counter::GuestExceptions,
+        Counter::TlbMisses,
+        Counter::TlbFlushes,
+    ];
+    let now = [pair.left.machine.counters(), pair.right.machine.counters()];
+    let grown = |i: usize, c: Counter| now[i].get(c) - before.counters[i].get(c);
+    let shown = CAUSES.iter().chain(&OUTCOMES).chain(&MORE).filter(|c| !OURS.contains(c));
+    shown
+        .map(|&c| (c, grown(0, c), grown(1, c)))
+        .filter(|&(_, l, r)| l + r > 0)
+        .map(|(c, l, r)| Row::new(c.phrase(), grouped(l), grouped(r)))
+        .collect()
+}
+
+/// What there is to say about a stale entry.
+fn remark(gva: Gva, entry: &Stale, invalidations: &[Invalidation]) -> String {
+    let side = if entry.on_left { "left" } else { "right" };
+    let guest = match entry.guest {
+        Some(gpa) => format!("the guest's tables lead to gpa {gpa}"),
+        None => "the guest's tables do not permit that".into(),
+    };
+    let held = format!(
+        "the {side} TLB takes a {} of {gva} to gpa {}, while {guest}",
+        words(&entry.access),
+        entry.held
+    );
+    match invalidations.iter().rev().find(|i| i.gva.page_base() == gva.page_base()) {
+        Some(i) => format!(
+            "{held}; the guest executed INVLPG for this page after instruction {}, which should have removed the entry",
+            grouped(i.retired)
+        ),
+        None => format!(
+            "{held}: the entry is stale, which is legitimate only until the guest flushes the page (no INVLPG for it was seen \
+             in the instructions searched)"
+        ),
+    }
+}

@@ -1,0 +1,99 @@
+//! From "they differ somewhere in these instructions" to the first instruction after which they do.
+//!
+//! It stands behind [`crate::lockstep`]. Machines cannot go back, but they repeat: fresh pairs run to the last stop at which
+//! all was the same, then on in steps of the square root of what is left, and the last pair instruction by instruction.
+//! Two more runs up to the difference are the price, whatever the distance between stops.
+
+use crate::error::Error;
+use crate::lockstep_instruction::{Instruction, fetch};
+use crate::lockstep_pair::{Disagreement, Extent, Pair};
+use crate::machine::{MachineConfig, Wiring};
+use guestmem::Gva;
+use mmu::Counters;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use vcpu::ArchState;
+
+/// Distances up to this are gone through one instruction at a time.
+const SINGLE: u64 = 2048;
+
+/// What is kept of the moment before the step that made the difference.
+pub(crate) struct Before {
+    /// Instructions retired.
+    pub(crate) retired: u64,
+    /// The state, which was the same on both sides.
+    pub(crate) state: ArchState,
+    /// The instruction at RIP; `None` where nothing could be fetched.
+    pub(crate) instruction: Option<Instruction>,
+    /// What had been counted, left and right.
+    pub(crate) counters: [Counters; 2],
+}
+
+impl Before {
+    fn of(pair: &Pair) -> Self {
+        Self {
+            retired: pair.left.retired(),
+            state: pair.left.machine.cpu.state(),
+            instruction: fetch(&pair.left),
+            counters: [pair.left.machine.counters(), pair.right.machine.counters()],
+        }
+    }
+}
+
+/// An INVLPG that was executed shortly before the difference.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Invalidation {
+    /// The address.
+    pub(crate) gva: Gva,
+    /// Instructions retired before it.
+    pub(crate) retired: u64,
+}
+
+/// The difference, with both machines standing right behind it.
+pub(crate) struct Found {
+    pub(crate) pair: Pair,
+    pub(crate) before: Before,
+    pub(crate) disagreement: Disagreement,
+    pub(crate) invalidations: Vec<Invalidation>,
+}
+
+/// Searches between `same`, a stop at which nothing differed, and `differs`, one at which something did. `None` when the
+/// difference does not come again, or the search was stopped from outside.
+pub(crate) fn find(
+    left: &MachineConfig,
+    right: &MachineConfig,
+    stop: &Arc<AtomicBool>,
+    same: u64,
+    differs: u64,
+) -> Result<Option<Found>, Error> {
+    let (mut low, mut high) = (same, differs.max(same + 1));
+    loop {
+        let step = if high - low <= SINGLE { 1 } else { (high - low).isqrt() };
+        let wiring = Wiring { stop: Arc::clone(stop), ..Wiring::default() };
+        let mut pair = Pair::new(left.clone(), right.clone(), wiring)?;
+        if low > 0 {
+            pair.advance(low, None);
+        }
+        let mut disagreement = pair.compare(Extent::Written);
+        let mut before = Before::of(&pair);
+        let mut invalidations = Vec::new();
+        while disagreement.is_none() && pair.runs() && pair.left.retired() <= high {
+            before = Before::of(&pair);
+            if step == 1
+                && let Some(instruction) = &before.instruction
+                && let Some(gva) = instruction.invalidates(&before.state)
+            {
+                invalidations.push(Invalidation { gva, retired: before.retired });
+            }
+            pair.advance(before.retired + step, None);
+            disagreement = pair.compare(Extent::Written);
+        }
+        if disagreement.is_none() || pair.end().is_some_and(|end| end.is_from_outside()) {
+            return Ok(None);
+        }
+        if step == 1 {
+            return Ok(Some(Found { pair, before, disagreement, invalidations }));
+        }
+        (low, high) = (before.retired, pair.left.retired().max(pair.right.retired()));
+    }
+}
