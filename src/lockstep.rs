@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use crate::lockstep_difference::{Difference, MemoryRow};
+pub use crate::lockstep_difference::{Difference, MemoryRow, OneSidedFault};
 pub use crate::lockstep_instruction::Instruction;
 pub use crate::lockstep_settings::SideSettings;
 pub use crate::lockstep_state::Row;

@@ -42,8 +42,19 @@ pub struct Difference {
     pub events: Vec<Row>,
     /// The walks.
     pub walks: Vec<Walks>,
+    /// The page fault that one side alone was given.
+    pub fault: Option<OneSidedFault>,
     /// What else the reader should know.
     pub remarks: Vec<String>,
+}
+
+/// A page fault that was delivered on one side only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OneSidedFault {
+    /// Which side: `left` or `right`.
+    pub side: String,
+    /// The address, as that side's CR2 has it.
+    pub gva: u64,
 }
 
 /// Eight bytes of guest memory that differ.
@@ -63,6 +74,8 @@ pub struct MemoryRow {
 struct Address {
     gva: Gva,
     why: Vec<String>,
+    /// The levels at which its entries in the guest's tables differ.
+    levels: Vec<u8>,
     /// Whether it is shown only where nothing better is known.
     fallback: bool,
 }
@@ -77,17 +90,17 @@ impl Difference {
 
     /// Explains what was found.
     pub(crate) fn explain(found: &Found) -> Self {
-        let Found { pair, before, disagreement, invalidations } = found;
+        let Found { pair, before, disagreement, .. } = found;
         let mut difference = Self::of(pair, disagreement, before.retired);
         difference.instruction.clone_from(&before.instruction);
         difference.events = events(pair, before);
-        let addresses = difference.addresses(pair, before, disagreement);
-        for address in addresses {
-            let why = address.why.join("; ");
-            let (walks, stale) = walks(&pair.left, &pair.right, address.gva, why);
-            for entry in stale {
-                difference.remarks.push(remark(address.gva, &entry, invalidations));
+        difference.fault = one_sided_fault(pair, before);
+        for address in difference.addresses(pair, before, disagreement) {
+            let (walks, stale) = walks(&pair.left, &pair.right, address.gva, address.why());
+            if stale.is_empty() {
+                difference.remarks.extend(missed(address.gva, found));
             }
+            difference.remarks.extend(stale.iter().map(|entry| remark(address.gva, entry, found)));
             difference.walks.push(walks);
         }
         difference
@@ -119,6 +132,7 @@ impl Difference {
             translations: disagreement.translations.iter().map(|(_, row)| row.clone()).collect(),
             events: Vec::new(),
             walks: Vec::new(),
+            fault: None,
             remarks: Vec::new(),
         }
     }
@@ -145,13 +159,12 @@ impl Difference {
         for row in &self.memory {
             let Some(table) = table(pair, Gpa(row.gpa)) else { continue };
             for gva in lockstep_tables::explain(&table, Gpa(row.gpa), row.left, row.right).0 {
-                let why = format!("its level-{} entry differs", table.level);
-                match found.iter_mut().find(|a| a.gva.0 >> table.shift == gva.0 >> table.shift) {
-                    Some(address) => {
-                        address.fallback = false;
-                        address.why.push(why);
-                    }
-                    None => add(&mut found, gva, &why, false),
+                let translated = |a: &&mut Address| a.gva.0 >> table.shift == gva.0 >> table.shift;
+                if let Some(address) = found.iter_mut().find(translated) {
+                    address.fallback = false;
+                    address.levels.push(table.level);
+                } else {
+                    found.push(Address { gva, why: Vec::new(), levels: vec![table.level], fallback: false });
                 }
             }
         }
@@ -162,17 +175,17 @@ impl Difference {
             found.retain(|address| !address.fallback);
         }
         // Those whose entries differ say most.
-        found.sort_by_key(|address| !address.why.iter().any(|why| why.contains("entry differs")));
+        found.sort_by_key(|address| address.levels.is_empty());
         found.truncate(ADDRESSES);
         found
     }
 
     /// The difference in one sentence.
     pub fn sentence(&self) -> String {
-        let what = self
-            .memory
-            .iter()
-            .find_map(|row| row.meaning.clone())
+        let fault = self.fault.as_ref();
+        let what = fault
+            .map(|f| format!("a page fault at {:#x} is delivered on the {} only", f.gva, f.side))
+            .or_else(|| self.memory.iter().find_map(|row| row.meaning.clone()))
             .or_else(|| self.state.iter().find(|row| row.what != "rip").map(|row| format!("in {}", row.what)))
             .or_else(|| self.memory.first().map(|row| format!("in memory at gpa {:#x}", row.gpa)))
             .or_else(|| self.translations.first().map(|row| format!("in the translation of {}", row.what)))
@@ -207,7 +220,7 @@ fn add(found: &mut Vec<Address>, gva: Gva, why: &str, fallback: bool) {
                 address.why.push(why.to_owned());
             }
         }
-        None => found.push(Address { gva, why: vec![why.to_owned()], fallback }),
+        None => found.push(Address { gva, why: vec![why.to_owned()], levels: Vec::new(), fallback }),
     }
 }
 
@@ -238,8 +251,23 @@ fn events(pair: &Pair, before: &Before) -> Vec<Row> {
         .collect()
 }
 
+/// A page fault that one side alone was given in the step.
+fn one_sided_fault(pair: &Pair, before: &Before) -> Option<OneSidedFault> {
+    let sides = [(&pair.left, "left"), (&pair.right, "right")];
+    let taken = |i: usize| {
+        let now = sides[i].0.machine.counters().get(Counter::GuestPageFaults);
+        now - before.counters[i].get(Counter::GuestPageFaults)
+    };
+    let i = match (taken(0), taken(1)) {
+        (1.., 0) => 0,
+        (0, 1..) => 1,
+        _ => return None,
+    };
+    Some(OneSidedFault { side: sides[i].1.into(), gva: sides[i].0.machine.cpu.state().cr2 })
+}
+
 /// What there is to say about a stale entry.
-fn remark(gva: Gva, entry: &Stale, invalidations: &[Invalidation]) -> String {
+fn remark(gva: Gva, entry: &Stale, found: &Found) -> String {
     let side = if entry.on_left { "left" } else { "right" };
     let guest = match entry.guest {
         Some(gpa) => format!("the guest's tables lead to gpa {gpa}"),
@@ -250,14 +278,54 @@ fn remark(gva: Gva, entry: &Stale, invalidations: &[Invalidation]) -> String {
         words(&entry.access),
         entry.held
     );
-    match invalidations.iter().rev().find(|i| i.gva.page_base() == gva.page_base()) {
+    match invalidation(gva, found) {
         Some(i) => format!(
             "{held}; the guest executed INVLPG for this page after instruction {}, which should have removed the entry",
             grouped(i.retired)
         ),
         None => format!(
-            "{held}: the entry is stale, which is legitimate only until the guest flushes the page (no INVLPG for it was seen \
-             in the instructions searched)"
+            "{held}: the entry is stale, which is legitimate until the guest flushes it, and the guest has executed no INVLPG \
+             for this page in the {} instructions before",
+            grouped(found.looked_through)
         ),
+    }
+}
+
+/// What there is to say where one side has walked its tables, and the other has not because its TLB held the translation.
+fn missed(gva: Gva, found: &Found) -> Option<String> {
+    let sides = [&found.pair.left, &found.pair.right];
+    let misses = |i: usize| {
+        sides[i].machine.counters().get(Counter::TlbMisses) - found.before.counters[i].get(Counter::TlbMisses)
+    };
+    let (hit, missed) = match (misses(0), misses(1)) {
+        (0, 1..) => ("left", "right"),
+        (1.., 0) => ("right", "left"),
+        _ => return None,
+    };
+    let invlpg = invalidation(gva, found)?;
+    Some(format!(
+        "the guest executed INVLPG for the page of {gva} after instruction {}; in this step the {missed} side had no \
+         translation in its TLB and walked, which sets flags, and the {hit} side still had one",
+        grouped(invlpg.retired)
+    ))
+}
+
+/// The last INVLPG for a page.
+fn invalidation(gva: Gva, found: &Found) -> Option<Invalidation> {
+    found.invalidations.iter().rev().find(|i| i.gva.page_base() == gva.page_base()).copied()
+}
+
+impl Address {
+    fn why(&self) -> String {
+        let mut why = self.why.clone();
+        match &self.levels[..] {
+            [] => {}
+            [level] => why.push(format!("its level-{level} entry differs")),
+            levels => {
+                let levels: Vec<_> = levels.iter().map(u8::to_string).collect();
+                why.push(format!("its entries of levels {} differ", levels.join(", ")));
+            }
+        }
+        why.join("; ")
     }
 }

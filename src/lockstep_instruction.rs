@@ -80,6 +80,7 @@ impl Instruction {
         options.set_hex_prefix("0x");
         options.set_hex_suffix("");
         options.set_space_after_operand_separator(true);
+        options.set_uppercase_hex(false);
         let mut text = String::new();
         if decoded.is_invalid() {
             text += "(undefined)";

@@ -7,6 +7,7 @@
 use crate::error::Error;
 use crate::lockstep_instruction::{Instruction, fetch};
 use crate::lockstep_pair::{Disagreement, Extent, Pair};
+use crate::lockstep_side::Standing;
 use crate::machine::{MachineConfig, Wiring};
 use guestmem::Gva;
 use mmu::Counters;
@@ -16,6 +17,8 @@ use vcpu::ArchState;
 
 /// Distances up to this are gone through one instruction at a time.
 const SINGLE: u64 = 2048;
+/// So many instructions before the last equal stop are looked through for INVLPG, which explains stale entries.
+const LOOK_BACK: u64 = 50_000;
 
 /// What is kept of the moment before the step that made the difference.
 pub(crate) struct Before {
@@ -38,6 +41,12 @@ impl Before {
             counters: [pair.left.machine.counters(), pair.right.machine.counters()],
         }
     }
+
+    /// The INVLPG that comes next, if one does.
+    fn invalidation(&self) -> Option<Invalidation> {
+        let gva = self.instruction.as_ref()?.invalidates(&self.state)?;
+        Some(Invalidation { gva, retired: self.retired })
+    }
 }
 
 /// An INVLPG that was executed shortly before the difference.
@@ -54,7 +63,9 @@ pub(crate) struct Found {
     pub(crate) pair: Pair,
     pub(crate) before: Before,
     pub(crate) disagreement: Disagreement,
+    /// Every INVLPG in the last `looked_through` instructions before the difference.
     pub(crate) invalidations: Vec<Invalidation>,
+    pub(crate) looked_through: u64,
 }
 
 /// Searches between `same`, a stop at which nothing differed, and `differs`, one at which something did. `None` when the
@@ -71,19 +82,18 @@ pub(crate) fn find(
         let step = if high - low <= SINGLE { 1 } else { (high - low).isqrt() };
         let wiring = Wiring { stop: Arc::clone(stop), ..Wiring::default() };
         let mut pair = Pair::new(left.clone(), right.clone(), wiring)?;
-        if low > 0 {
-            pair.advance(low, None);
+        let mut invalidations = Vec::new();
+        let begin = low.saturating_sub(LOOK_BACK);
+        if step == 1 {
+            invalidations = look_through(&mut pair, begin, low);
         }
+        pair.advance(low, None);
         let mut disagreement = pair.compare(Extent::Written);
         let mut before = Before::of(&pair);
-        let mut invalidations = Vec::new();
         while disagreement.is_none() && pair.runs() && pair.left.retired() <= high {
             before = Before::of(&pair);
-            if step == 1
-                && let Some(instruction) = &before.instruction
-                && let Some(gva) = instruction.invalidates(&before.state)
-            {
-                invalidations.push(Invalidation { gva, retired: before.retired });
+            if step == 1 {
+                invalidations.extend(before.invalidation());
             }
             pair.advance(before.retired + step, None);
             disagreement = pair.compare(Extent::Written);
@@ -92,8 +102,24 @@ pub(crate) fn find(
             return Ok(None);
         }
         if step == 1 {
-            return Ok(Some(Found { pair, before, disagreement, invalidations }));
+            let looked_through = before.retired - begin;
+            return Ok(Some(Found { pair, before, disagreement, invalidations, looked_through }));
         }
         (low, high) = (before.retired, pair.left.retired().max(pair.right.retired()));
     }
+}
+
+/// Runs the left side from `from` to `to` alone, and notes every INVLPG.
+fn look_through(pair: &mut Pair, from: u64, to: u64) -> Vec<Invalidation> {
+    let mut found = Vec::new();
+    pair.left.advance(from, None);
+    while pair.left.retired() < to && pair.left.standing == Standing::Stopped {
+        if let Some(instruction) = fetch(&pair.left)
+            && let Some(gva) = instruction.invalidates(&pair.left.machine.cpu.state())
+        {
+            found.push(Invalidation { gva, retired: pair.left.retired() });
+        }
+        pair.left.advance(pair.left.retired() + 1, None);
+    }
+    found
 }

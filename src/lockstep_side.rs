@@ -56,7 +56,7 @@ impl Side {
     /// difference.
     pub(crate) fn advance(&mut self, to: u64, seconds: Option<u64>) {
         let mut to = to;
-        while self.standing == Standing::Stopped {
+        while self.standing == Standing::Stopped && self.retired() < to {
             self.machine.set_limits(Limits { instructions: Some(to), seconds });
             match self.machine.run() {
                 Ok(End::InstructionLimit { .. }) if self.machine.between_instructions() => return,

@@ -20,12 +20,14 @@ impl LockstepReport {
         }
         let t = &self.translations;
         out += &format!(
-            "compared: {} instructions at {} stops, {} frames of memory, {} translations (besides, {} that the other side \
-             did not have yet and {} that the guest had changed and not flushed)\n",
+            "compared: instructions {}, stops {}, frames of memory {}, translations {}\n",
             grouped(self.instructions),
             grouped(self.stops),
             grouped(self.frames),
-            grouped(t.compared),
+            grouped(t.compared)
+        );
+        out += &format!(
+            "not compared: translations that the other side did not have yet {}, that the guest had changed and not flushed {}\n",
             grouped(t.not_yet),
             grouped(t.stale)
         );
@@ -100,6 +102,9 @@ fn explanation(d: &Difference) -> String {
         out += &Columns::headed("in this step").rows(&d.events).text();
     }
     d.walks.iter().for_each(|w| out += &walk(w));
+    if d.walks.iter().any(|w| w.rows.iter().any(|row| row.differs)) {
+        out += &format!("({MARK}: the sides differ, or one contradicts the guest's tables)\n");
+    }
     for remark in &d.remarks {
         out += &format!("\nNote: {remark}.\n");
     }
@@ -133,7 +138,7 @@ fn memory(d: &Difference) -> String {
 }
 
 fn walk(w: &Walks) -> String {
-    let mut columns = Columns::headed(&format!("walk of gva {:#x}", w.gva));
+    let mut columns = Columns::headed("");
     w.rows.iter().for_each(|row| columns.row(row.differs, &row.what, &row.left, &row.right));
-    format!("\ngva {:#x} ({}):\n{}", w.gva, w.why, columns.text())
+    format!("\nwalk of gva {:#x} ({}):\n{}", w.gva, w.why, columns.text())
 }
