@@ -278,14 +278,16 @@ fn remark(gva: Gva, entry: &Stale, found: &Found) -> String {
         words(&entry.access),
         entry.held
     );
-    match invalidation(gva, found) {
+    let index = if entry.on_left { 0 } else { 1 };
+    match invalidation(gva, found, index) {
         Some(i) => format!(
-            "{held}; the guest executed INVLPG for this page after instruction {}, which should have removed the entry",
+            "{held}; the guest executed INVLPG of {} after instruction {}, and the entry outlived it",
+            i.gva,
             grouped(i.retired)
         ),
         None => format!(
-            "{held}: the entry is stale, which is legitimate until the guest flushes it, and the guest has executed no INVLPG \
-             for this page in the {} instructions before",
+            "{held}: the entry is stale, which is legitimate until the guest flushes it, and no INVLPG among the {} \
+             instructions before should have removed it",
             grouped(found.looked_through)
         ),
     }
@@ -297,22 +299,24 @@ fn missed(gva: Gva, found: &Found) -> Option<String> {
     let misses = |i: usize| {
         sides[i].machine.counters().get(Counter::TlbMisses) - found.before.counters[i].get(Counter::TlbMisses)
     };
-    let (hit, missed) = match (misses(0), misses(1)) {
-        (0, 1..) => ("left", "right"),
-        (1.., 0) => ("right", "left"),
+    let (index, hit, missed) = match (misses(0), misses(1)) {
+        (0, 1..) => (0, "left", "right"),
+        (1.., 0) => (1, "right", "left"),
         _ => return None,
     };
-    let invlpg = invalidation(gva, found)?;
+    let invlpg = invalidation(gva, found, index)?;
     Some(format!(
-        "the guest executed INVLPG for the page of {gva} after instruction {}; in this step the {missed} side had no \
-         translation in its TLB and walked, which sets flags, and the {hit} side still had one",
+        "the guest executed INVLPG of {} after instruction {}, and an entry of the {hit} TLB outlived it; in this step the \
+         {missed} side had no translation of {gva} and walked, which sets flags, and the {hit} side did not",
+        invlpg.gva,
         grouped(invlpg.retired)
     ))
 }
 
-/// The last INVLPG for a page.
-fn invalidation(gva: Gva, found: &Found) -> Option<Invalidation> {
-    found.invalidations.iter().rev().find(|i| i.gva.page_base() == gva.page_base()).copied()
+/// The last INVLPG that concerned the page of an address and did not empty a side's TLB of it.
+fn invalidation(gva: Gva, found: &Found, side: usize) -> Option<Invalidation> {
+    let concerns = |i: &&Invalidation| i.gva.0 >> i.shift == gva.0 >> i.shift && i.survived[side];
+    found.invalidations.iter().rev().find(concerns).copied()
 }
 
 impl Address {

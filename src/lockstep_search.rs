@@ -7,9 +7,9 @@
 use crate::error::Error;
 use crate::lockstep_instruction::{Instruction, fetch};
 use crate::lockstep_pair::{Disagreement, Extent, Pair};
-use crate::lockstep_side::Standing;
+use crate::lockstep_walks::page_shift;
 use crate::machine::{MachineConfig, Wiring};
-use guestmem::Gva;
+use guestmem::{Gva, PAGE_SHIFT};
 use mmu::Counters;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -41,12 +41,6 @@ impl Before {
             counters: [pair.left.machine.counters(), pair.right.machine.counters()],
         }
     }
-
-    /// The INVLPG that comes next, if one does.
-    fn invalidation(&self) -> Option<Invalidation> {
-        let gva = self.instruction.as_ref()?.invalidates(&self.state)?;
-        Some(Invalidation { gva, retired: self.retired })
-    }
 }
 
 /// An INVLPG that was executed shortly before the difference.
@@ -56,6 +50,10 @@ pub(crate) struct Invalidation {
     pub(crate) gva: Gva,
     /// Instructions retired before it.
     pub(crate) retired: u64,
+    /// How large the guest's page was, as a power of two.
+    pub(crate) shift: u32,
+    /// Whether the TLB of the left and of the right side held a translation of the page right after it.
+    pub(crate) survived: [bool; 2],
 }
 
 /// The difference, with both machines standing right behind it.
@@ -93,9 +91,10 @@ pub(crate) fn find(
         while disagreement.is_none() && pair.runs() && pair.left.retired() <= high {
             before = Before::of(&pair);
             if step == 1 {
-                invalidations.extend(before.invalidation());
+                step_over(&mut pair, &before, &mut invalidations);
+            } else {
+                pair.advance(before.retired + step, None);
             }
-            pair.advance(before.retired + step, None);
             disagreement = pair.compare(Extent::Written);
         }
         if disagreement.is_none() || pair.end().is_some_and(|end| end.is_from_outside()) {
@@ -109,17 +108,27 @@ pub(crate) fn find(
     }
 }
 
-/// Runs the left side from `from` to `to` alone, and notes every INVLPG.
+/// Runs both sides from `from` to `to`, and notes every INVLPG.
 fn look_through(pair: &mut Pair, from: u64, to: u64) -> Vec<Invalidation> {
     let mut found = Vec::new();
-    pair.left.advance(from, None);
-    while pair.left.retired() < to && pair.left.standing == Standing::Stopped {
-        if let Some(instruction) = fetch(&pair.left)
-            && let Some(gva) = instruction.invalidates(&pair.left.machine.cpu.state())
-        {
-            found.push(Invalidation { gva, retired: pair.left.retired() });
-        }
-        pair.left.advance(pair.left.retired() + 1, None);
+    pair.advance(from, None);
+    while pair.left.retired() < to && pair.runs() {
+        let before = Before::of(pair);
+        step_over(pair, &before, &mut found);
     }
     found
+}
+
+/// Runs both sides over one instruction, and notes it if it is an INVLPG.
+fn step_over(pair: &mut Pair, before: &Before, found: &mut Vec<Invalidation>) {
+    let invalidated = before.instruction.as_ref().and_then(|i| i.invalidates(&before.state));
+    pair.advance(before.retired + 1, None);
+    let Some(gva) = invalidated else { return };
+    let sides = [&pair.left, &pair.right];
+    let shift = sides.map(|side| page_shift(side, gva)).into_iter().fold(PAGE_SHIFT, u32::max);
+    let survived = sides.map(|side| {
+        let held = side.machine.cpu.cached_translations();
+        held.iter().any(|entry| entry.current && entry.gva.0 >> shift == gva.0 >> shift)
+    });
+    found.push(Invalidation { gva, retired: before.retired, shift, survived });
 }

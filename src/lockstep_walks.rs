@@ -8,7 +8,7 @@
 use crate::lockstep_side::Side;
 use crate::lockstep_tables::{ept_letters, letters};
 use crate::lockstep_translations::{Given, Look, guest_gives, tables_give};
-use guestmem::{Gpa, Gva};
+use guestmem::{Gpa, Gva, PAGE_SHIFT};
 use mmu::walk::{HostTables, Verdict, WalkEnd, walk, walk_access, walk_guest};
 use mmu::{Access, AccessKind, PagingMode, Privilege, Rights, Step, TableRoot, Walk};
 use serde::{Deserialize, Serialize};
@@ -171,6 +171,17 @@ fn guest_page(side: &Side, gva: Gva, access: &Access) -> Option<Gpa> {
     match walked.walk.end {
         WalkEnd::Mapped(t) | WalkEnd::Denied(t) => Some(Gpa(t.physical(gva.0))),
         _ => None,
+    }
+}
+
+/// How large the guest's page is, as a power of two; that of a small one where there is none.
+pub(crate) fn page_shift(side: &Side, gva: Gva) -> u32 {
+    let access = Access::new(AccessKind::Read, Privilege::Supervisor);
+    let state = side.machine.cpu.paging_state();
+    let Ok(walked) = walk_guest(&state, gva, &access, &mut Look(side.machine.memory()), false);
+    match walked.walk.end {
+        WalkEnd::Mapped(t) | WalkEnd::Denied(t) => t.size.shift(),
+        _ => PAGE_SHIFT,
     }
 }
 

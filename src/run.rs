@@ -131,9 +131,9 @@ impl Machine {
         ended
     }
 
-    /// Whether no instruction is half done: it has left the guest, and waits for an answer or for its delivery to go on.
+    /// Whether no instruction is half done: it waits for no answer to an exit, and no exception for its delivery.
     pub fn between_instructions(&self) -> bool {
-        !self.loop_state.mid_instruction
+        !self.loop_state.mid_instruction && !self.cpu.is_delivering()
     }
 
     fn run_loop(&mut self) -> Result<End, Error> {

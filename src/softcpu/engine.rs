@@ -375,6 +375,10 @@ impl Vcpu for SoftCpu {
         self.core.interruptible()
     }
 
+    fn is_delivering(&self) -> bool {
+        self.core.attention.contains(Attention::EVENT)
+    }
+
     fn inject_interrupt(&mut self, vector: u8) {
         self.core.attention.remove(Attention::HALTED | Attention::WINDOW);
         self.core.event = Some(Event { vector, code: None, kind: EventKind::Interrupt });

@@ -66,6 +66,10 @@ pub trait Vcpu {
     /// Whether a maskable interrupt can be delivered before the next instruction: IF set, no interrupt shadow, no event
     /// half delivered.
     fn can_take_interrupt(&self) -> bool;
+    /// Whether an event is half delivered: an exception has come up, and its handler's first instruction is not reached.
+    fn is_delivering(&self) -> bool {
+        false
+    }
     /// Queues an external interrupt for delivery at the next entry. Call only when [`Vcpu::can_take_interrupt`].
     fn inject_interrupt(&mut self, vector: u8);
     /// Queues an NMI; delivered when NMIs are not blocked.
