@@ -34,6 +34,7 @@ use crate::lockstep_settings;
 use crate::machine::{Limits, MachineConfig, Wiring};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 pub use crate::lockstep_difference::{Difference, MemoryRow, OneSidedFault};
@@ -159,21 +160,33 @@ impl Lockstep {
         match course {
             Course::Ended(end) => report.end = Some(end),
             Course::Differs { same, disagreement } => {
-                let coarse = |why| Difference::unsearched(&pair, &disagreement, same, why);
-                let differs = pair.left.retired().max(pair.right.retired());
-                report.difference = Some(if options.search {
-                    match lockstep_search::find(&left, &right, &stop, same, differs)? {
-                        Some(found) => Difference::explain(&found),
-                        None => {
-                            coarse("the search for the first instruction did not meet the difference again")
-                        }
-                    }
-                } else {
-                    coarse("no search for the first instruction was asked for")
-                });
+                let search = options.search.then_some((&left, &right, &stop));
+                report.difference = Some(explain(&pair, &disagreement, same, search)?);
             }
         }
         Ok(report)
+    }
+}
+
+/// Explains a difference that came up after `same` instructions, after a search for the first of them with these two
+/// machines and this switch, unless none is asked for.
+fn explain(
+    pair: &Pair,
+    disagreement: &Disagreement,
+    same: u64,
+    search: Option<(&MachineConfig, &MachineConfig, &Arc<AtomicBool>)>,
+) -> Result<Difference, Error> {
+    let coarse = |why| Ok(Difference::unsearched(pair, disagreement, same, why));
+    let Some((left, right, stop)) = search else {
+        return coarse("no search for the first instruction was asked for");
+    };
+    let differs = pair.left.retired().max(pair.right.retired());
+    match lockstep_search::find(left, right, stop, same, differs)? {
+        Some(found) => Ok(Difference::explain(&found)),
+        None if stop.load(Ordering::Relaxed) => {
+            coarse("the search for the first instruction was interrupted")
+        }
+        None => coarse("the search for the first instruction did not meet the difference again"),
     }
 }
 

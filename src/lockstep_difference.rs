@@ -6,7 +6,7 @@ use crate::lockstep_instruction::Instruction;
 use crate::lockstep_memory::Frames;
 use crate::lockstep_pair::{Disagreement, Pair};
 use crate::lockstep_search::{Before, Found, Invalidation};
-use crate::lockstep_state::Row;
+use crate::lockstep_state::{self, Row};
 use crate::lockstep_tables::{self, GuestTable};
 use crate::lockstep_translations::words;
 use crate::lockstep_walks::{Stale, Walks, walks};
@@ -32,7 +32,7 @@ pub struct Difference {
     pub instruction: Option<Instruction>,
     /// Registers, time, devices and output that differ.
     pub state: Vec<Row>,
-    /// Memory that differs, at most [`WORDS`] words of it.
+    /// Memory that differs, the first words of it.
     pub memory: Vec<MemoryRow>,
     /// How many words of memory differ.
     pub memory_words: u64,
@@ -186,7 +186,7 @@ impl Difference {
         let what = fault
             .map(|f| format!("a page fault at {:#x} is delivered on the {} only", f.gva, f.side))
             .or_else(|| self.memory.iter().find_map(|row| row.meaning.clone()))
-            .or_else(|| self.state.iter().find(|row| row.what != "rip").map(|row| format!("in {}", row.what)))
+            .or_else(|| self.state.iter().find(|row| row.what != "rip").map(of_state))
             .or_else(|| self.memory.first().map(|row| format!("in memory at gpa {:#x}", row.gpa)))
             .or_else(|| self.translations.first().map(|row| format!("in the translation of {}", row.what)))
             .unwrap_or_else(|| "in rip".into());
@@ -209,6 +209,14 @@ impl Difference {
 fn table(pair: &Pair, gpa: Gpa) -> Option<GuestTable> {
     let frame = gpa.frame();
     lockstep_tables::table_in(&pair.left, frame).or_else(|| lockstep_tables::table_in(&pair.right, frame))
+}
+
+/// A row of the state in a sentence.
+fn of_state(row: &Row) -> String {
+    match row.what.as_str() {
+        lockstep_state::STANDING => format!("left: {}; right: {}", row.left, row.right),
+        what => format!("in {what}"),
+    }
 }
 
 /// Adds an address, or one more reason where its page is there already.

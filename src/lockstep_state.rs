@@ -27,6 +27,8 @@ impl Row {
     }
 }
 
+/// The row that says that a side has come to an end.
+pub(crate) const STANDING: &str = "the guest";
 /// So many fields of devices are named, at most.
 const FIELDS: usize = 12;
 /// So many bytes of output are shown from the first that differs.
@@ -41,7 +43,7 @@ const GENERAL: [&str; 16] = [
 pub(crate) fn compare(left: &Side, right: &Side) -> Vec<Row> {
     let mut rows = Vec::new();
     if left.standing != right.standing {
-        rows.push(Row::new("the guest", standing(left), standing(right)));
+        rows.push(Row::new(STANDING, standing(left), standing(right)));
     }
     let (l, r) = (&left.machine, &right.machine);
     if left.retired() != right.retired() {
@@ -201,7 +203,8 @@ mod tests {
     fn every_field_of_the_state_is_named_when_it_differs() {
         let same = state();
         assert!(registers(&same, &same.clone()).is_empty());
-        let change: [(&str, fn(&mut ArchState)); 12] = [
+        type Change = fn(&mut ArchState);
+        let change: [(&str, Change); 12] = [
             ("rip", |s| s.rip += 1),
             ("rbx", |s| s.gprs[3] += 1),
             ("rflags", |s| s.rflags ^= 1),

@@ -173,3 +173,77 @@ pub(crate) fn words(access: &Access) -> String {
     };
     format!("{privilege} {kind}{}", if access.ac { " with EFLAGS.AC" } else { "" })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::MmuKind;
+    use crate::lockstep_pair::{Extent, Pair};
+    use crate::machine::{MachineConfig, Wiring};
+
+    fn pair(left: MmuKind, right: MmuKind) -> Pair {
+        let config =
+            MachineConfig { memory: 16 << 20, ..MachineConfig::for_guest(guests::find("ptemod").unwrap()) };
+        let mut pair =
+            Pair::new(config.clone().with_mmu(left), config.with_mmu(right), Wiring::default()).unwrap();
+        pair.advance(3_000_000, None);
+        assert!(pair.compare(Extent::All).is_none());
+        pair
+    }
+
+    /// Turns an entry of the right side's own tables to the neighbouring frame: the TLB of the left still knows better.
+    #[test]
+    fn a_table_of_the_engines_that_leads_elsewhere_is_found() {
+        for (left, right) in [(MmuKind::Ept, MmuKind::Shadow), (MmuKind::Shadow, MmuKind::Ept)] {
+            let mut pair = pair(left, right);
+            assert!(pair.translations.compared > 0);
+            let held = pair.left.machine.cpu.cached_translations();
+            let agreed = |entry: &&vcpu::CachedTranslation| {
+                entry.current
+                    && pair.left.gpa_of(entry.hpa).map(Given::To)
+                        == Some(tables_give(&pair.right, entry.gva, &entry.access))
+            };
+            let entry = held.iter().find(agreed).expect("something is translated on both sides");
+            let machine = &pair.right.machine;
+            let mut tables = HostTables::new(machine.memory().host());
+            let walked = match machine.mmu.root(machine.cpu_id) {
+                TableRoot::Shadow { root, format, controls } => {
+                    let Ok(w) =
+                        walk_access(format, root.0, entry.gva, &entry.access, &controls, &mut tables, false);
+                    w.walk
+                }
+                TableRoot::Nested { root, format } => {
+                    let gpa = guest_gives(&pair.right, entry.gva, &entry.access).unwrap();
+                    let permit = |_: &_| Verdict::Permit { dirty: false };
+                    let Ok(w) = walk(format, root.0, gpa.0, &mut tables, false, permit);
+                    w
+                }
+            };
+            let leaf = walked.steps().last().unwrap();
+            let bit = if leaf.level == 1 { 1 << 12 } else { 1 << 21 };
+            machine.memory().host().write_u64(Hpa(leaf.address), leaf.raw ^ bit).unwrap();
+            let found = pair.compare(Extent::Written);
+            assert!(found.state.is_empty() && found.frames.is_empty());
+            let rows: Vec<_> = found.translations.iter().filter(|(gva, _)| *gva == entry.gva).collect();
+            assert!(!rows.is_empty(), "{left:?} {right:?}: nobody noticed");
+            assert!(
+                rows[0].1.left.starts_with("TLB: gpa") && !rows[0].1.right.starts_with("TLB"),
+                "{rows:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn looking_at_tables_gives_no_memory_to_anybody() {
+        let guest = guests::find("hello").unwrap();
+        let config = MachineConfig { policy: guestmem::Policy::Demand, ..MachineConfig::for_guest(guest) };
+        let machine = crate::Machine::new(config, Wiring::default()).unwrap();
+        let used = machine.memory().frame_usage();
+        let mut look = Look(machine.memory());
+        assert_eq!(look.load(0x100_0000, 8), Ok(0));
+        assert_eq!(look.load(0x100_0000, 4), Ok(0));
+        assert_eq!(look.load(1 << 40, 8), Ok(u64::MAX));
+        assert_eq!(look.load(1 << 40, 4), Ok(0xffff_ffff));
+        assert_eq!(machine.memory().frame_usage(), used);
+    }
+}

@@ -48,7 +48,12 @@ fn bad_usage_is_status_2_with_a_sentence() {
         (&["run", "--guest", "hello", "--serial", "tape"], "stdio, null, file"),
         (&["compare"], "--kernel"),
         (&["report"], "FILE.json"),
-        (&["lockstep", "--guest", "hello"], "lockstep"),
+        (&["lockstep"], "--kernel"),
+        (&["lockstep", "--guest", "hello", "--every", "0"], "--every"),
+        (&["lockstep", "--guest", "hello", "--left", "mmu=xen"], "shadow, ept"),
+        (&["lockstep", "--guest", "hello", "--right", "warp"], "NAME=VALUE"),
+        (&["lockstep", "--guest", "hello", "--left", "off=warp"], "not a switch"),
+        (&["lockstep", "--guest", "hello", "--clock", "host"], "virtual clock"),
         (&["--nonsense"], "--nonsense"),
     ] {
         let output = status(words, 2);
@@ -103,9 +108,11 @@ fn limits_are_status_124() {
 fn a_signal_ends_a_guest_with_its_report() {
     let endless = guests::hostile().iter().find(|guest| guest.ending == guests::Ending::Endless);
     let endless = endless.expect("there is a guest that runs for ever").name;
-    for (signal, words) in
-        [("-INT", &["run", "--guest", endless][..]), ("-TERM", &["run", "--guest", endless])]
-    {
+    for (signal, words, shown) in [
+        ("-INT", &["run", "--guest", endless][..], "Counts (the same in every run)"),
+        ("-TERM", &["run", "--guest", endless], "Counts (the same in every run)"),
+        ("-INT", &["lockstep", "--guest", endless], "interrupted"),
+    ] {
         let child = Command::new(env!("CARGO_BIN_EXE_antumbra"))
             .args(words)
             .stdin(Stdio::null())
@@ -120,10 +127,7 @@ fn a_signal_ends_a_guest_with_its_report() {
         let output = child.wait_with_output().expect("it ends");
         assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
         let said = stderr(&output);
-        assert!(
-            said.contains("interrupted by a signal") && said.contains("Counts (the same in every run)"),
-            "{said}"
-        );
+        assert!(said.contains("interrupted by a signal") && said.contains(shown), "{said}");
     }
 }
 
@@ -190,6 +194,43 @@ fn compare_puts_the_backends_side_by_side() {
 }
 
 #[test]
+fn lockstep_says_whether_there_is_a_difference() {
+    let path = scratch("lockstep.json");
+    let file = path.to_str().unwrap();
+    let words =
+        ["lockstep", "--guest", "hello", "--every", "1000", "--right", "policy=scatter", "--report", file];
+    let output = status(&words, 0);
+    let said = stdout(&output);
+    assert!(said.contains("right: mmu=ept,policy=scatter:1\nno difference\n"), "{said}");
+    assert!(output.stderr.is_empty());
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert!(json["translations"]["compared"].as_u64().unwrap() > 0 && json["difference"].is_null());
+    assert_eq!(stdout(&status(&["report", file], 0)), said);
+
+    // Tests are built with faults that can be planted.
+    let fault = "mmu=shadow,seeded=flags-not-set";
+    let output = status(&["lockstep", "--guest", "hello", "--left", fault, "--report", file], 1);
+    let (said, sentence) = (stdout(&output), stderr(&output));
+    assert!(sentence.starts_with("antumbra: left and right differ after instruction "), "{sentence}");
+    assert_eq!(sentence.trim_end().lines().count(), 1);
+    assert!(
+        said.contains("walk of gva") && said.contains("shadow level 1") && said.contains("EPT level 1"),
+        "{said}"
+    );
+    assert_eq!(stdout(&status(&["report", file], 0)), said);
+}
+
+#[test]
+fn lockstep_has_the_limits_of_a_run() {
+    let words = ["lockstep", "--guest", "demand-touch", "--max-instructions", "12345"];
+    let output = status(&words, 124);
+    assert_eq!(stderr(&output), "antumbra: the limit of 12345 instructions is reached\n");
+    assert!(stdout(&output).contains("compared: instructions 12,345"), "{}", stdout(&output));
+    let output = status(&["lockstep", "--guest", "demand-touch", "--timeout", "0"], 124);
+    assert_eq!(stderr(&output), "antumbra: the limit of 0 seconds is reached\n");
+}
+
+#[test]
 fn the_guests_are_listed() {
     let said = stdout(&status(&["guests"], 0));
     for guest in guests::list().iter().chain(guests::hostile()) {
@@ -239,8 +280,7 @@ fn the_main_job_is_what_runs_without_a_word() {
 #[test]
 fn help_names_every_command() {
     let said = stdout(&status(&["--help"], 0));
-    for command in ["run", "compare", "guests", "report"] {
+    for command in ["run", "compare", "lockstep", "guests", "report"] {
         assert!(said.contains(command), "{said}");
     }
-    assert!(!said.contains("lockstep"));
 }

@@ -5,7 +5,7 @@
 
 mod common;
 
-use antumbra::{End, Limits, MachineConfig, MmuKind};
+use antumbra::{End, Limits, Lockstep, LockstepOptions, MachineConfig, MmuKind};
 use common::{Ran, run};
 use guestmem::Policy;
 use mmu::Counter;
@@ -177,6 +177,28 @@ fn both_backends_give_the_kernel_the_same_machine() {
     assert_eq!(cost(shadow, Counter::GuestPageFaults), cost(ept, Counter::GuestPageFaults));
     assert_eq!(cost(shadow, Counter::FaultsReflected), cost(shadow, Counter::GuestPageFaults));
     assert!(cost(ept, Counter::WalkReferences) > cost(shadow, Counter::WalkReferences));
+}
+
+/// A whole boot under both backends at once, compared after every 100,000 instructions.
+fn lockstep(policy: Policy) {
+    let Some(base) = boot(MmuKind::Shadow, 256 << 20, "antumbra.forks=50") else { return };
+    let left = MachineConfig { policy, ..base };
+    let right = left.clone().with_mmu(MmuKind::Ept);
+    let report = Lockstep::new(left, right, LockstepOptions::default()).unwrap().run().unwrap();
+    assert!(report.difference.is_none(), "{}", report.text());
+    assert_eq!(report.end, Some(End::PowerOff), "{}", report.text());
+    assert!(report.stops >= report.instructions / 100_000 && report.stops > 1000, "{}", report.text());
+    assert!(report.translations.compared > 1_000_000, "{}", report.text());
+}
+
+#[test]
+fn a_boot_is_the_same_in_lockstep_in_linear_memory() {
+    lockstep(Policy::Linear);
+}
+
+#[test]
+fn a_boot_is_the_same_in_lockstep_in_scattered_memory() {
+    lockstep(Policy::Scatter { seed: 99 });
 }
 
 #[test]

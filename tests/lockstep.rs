@@ -272,6 +272,13 @@ fn explanation_of_a_stale_entry_after_invlpg() {
 }
 
 #[test]
+fn the_documentation_shows_real_output() {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let text = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
+    assert!(text("docs/lockstep.md").contains(&text("tests/golden/lockstep-stale-entry.txt")));
+}
+
+#[test]
 fn explanation_of_a_page_that_is_still_there_after_invlpg() {
     golden("stale-page", taken_away, INVLPG, "mmu=ept,policy=scatter:2");
 }
