@@ -187,9 +187,11 @@ impl Difference {
             .map(|f| format!("a page fault at {:#x} is delivered on the {} only", f.gva, f.side))
             .or_else(|| self.memory.iter().find_map(|row| row.meaning.clone()))
             .or_else(|| self.state.iter().find(|row| row.what != "rip").map(of_state))
-            .or_else(|| self.memory.first().map(|row| format!("in memory at gpa {:#x}", row.gpa)))
-            .or_else(|| self.translations.first().map(|row| format!("in the translation of {}", row.what)))
-            .unwrap_or_else(|| "in rip".into());
+            .or_else(|| self.memory.first().map(of_memory))
+            .or_else(|| {
+                self.translations.first().map(|row| unlike(&format!("the translation of {}", row.what), row))
+            })
+            .unwrap_or_else(|| "rip".into());
         match &self.instruction {
             Some(i) => format!(
                 "left and right differ after instruction {} ('{}' at {:#x}): {what}",
@@ -215,8 +217,16 @@ fn table(pair: &Pair, gpa: Gpa) -> Option<GuestTable> {
 fn of_state(row: &Row) -> String {
     match row.what.as_str() {
         lockstep_state::STANDING => format!("left: {}; right: {}", row.left, row.right),
-        what => format!("in {what}"),
+        what => unlike(what, row),
     }
+}
+
+fn of_memory(row: &MemoryRow) -> String {
+    format!("gpa {:#x} holds {:#x} on the left and {:#x} on the right", row.gpa, row.left, row.right)
+}
+
+fn unlike(what: &str, row: &Row) -> String {
+    format!("{what} is {} on the left and {} on the right", row.left, row.right)
 }
 
 /// Adds an address, or one more reason where its page is there already.
