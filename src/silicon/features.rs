@@ -1,0 +1,151 @@
+//! What the vCPU has, by KVM's own account, and who it is that walks its tables.
+
+use crate::error::Unavailable;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::Kvm;
+use mmu::PagingMode;
+use std::fmt;
+use std::path::Path;
+
+/// What KVM_GET_SUPPORTED_CPUID offers of what paging reads.
+#[derive(Clone, Debug)]
+pub struct Features {
+    pub(crate) cpuid: CpuId,
+    /// MAXPHYADDR.
+    pub maxphyaddr: u8,
+    /// Pages of 1 GiB.
+    pub page1gb: bool,
+    /// EFER.NXE.
+    pub nx: bool,
+    /// CR4.SMEP.
+    pub smep: bool,
+    /// CR4.SMAP.
+    pub smap: bool,
+    /// CR4.PKE.
+    pub keys: bool,
+    /// CR4.LA57.
+    pub la57: bool,
+    /// PSE-36: 4 MiB pages above 4 GiB.
+    pub pse36: bool,
+    /// CPL 3 can use the upper half of the linear addresses.
+    pub upper_half: bool,
+    /// The paging modes that KVM takes.
+    pub modes: Vec<PagingMode>,
+    /// The vendor is AMD or Hygon, whose manual differs in one reserved bit.
+    pub amd: bool,
+}
+
+impl Features {
+    /// All but the modes, which have to be tried.
+    pub(crate) fn of(kvm: &Kvm, walker: Walker) -> Result<Self, Unavailable> {
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|_| Unavailable::Missing("KVM_GET_SUPPORTED_CPUID"))?;
+        let leaf = |function| {
+            let found = cpuid.as_slice().iter().find(|e| e.function == function && e.index == 0);
+            found.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx])
+        };
+        let bit = |register: u32, n: u32| register >> n & 1 == 1;
+        let [_, vendor, ..] = leaf(0);
+        let [_, _, _, edx1] = leaf(1);
+        let [_, ebx7, ecx7, _] = leaf(7);
+        let [_, _, _, extended] = leaf(0x8000_0001);
+        let [widths, ..] = leaf(0x8000_0008);
+        if !bit(extended, 29) {
+            return Err(Unavailable::Missing("long mode"));
+        }
+        Ok(Self {
+            maxphyaddr: match widths as u8 {
+                0 => 36,
+                width => width,
+            },
+            page1gb: bit(extended, 26),
+            nx: bit(extended, 20),
+            smep: bit(ebx7, 7),
+            smap: bit(ebx7, 20),
+            keys: bit(ecx7, 3),
+            la57: bit(ecx7, 16),
+            pse36: bit(edx1, 17),
+            // EBX of leaf 0: "Auth" and "Hygo".
+            amd: matches!(vendor, 0x6874_7541 | 0x6f67_7948),
+            // Such a KVM runs CPL 3 beside the host's kernel, whose addresses those are.
+            upper_half: walker != Walker::KvmShadowsByItself,
+            modes: Vec::new(),
+            cpuid,
+        })
+    }
+
+    /// What is not offered, in words.
+    pub fn absent(&self) -> Vec<&'static str> {
+        let takes = |mode| self.modes.contains(&mode);
+        [
+            (takes(PagingMode::Bits32), "32-bit paging"),
+            (takes(PagingMode::Pae), "PAE paging"),
+            (takes(PagingMode::Level5), "5-level paging"),
+            (self.upper_half, "the upper half of linear addresses at CPL 3"),
+            (self.keys, "protection keys"),
+            (self.page1gb, "1 GiB pages"),
+            (self.nx, "execute-disable"),
+            (self.smep, "SMEP"),
+            (self.smap, "SMAP"),
+            (self.pse36, "PSE-36"),
+            (self.maxphyaddr < 52, "reserved bits above MAXPHYADDR"),
+        ]
+        .into_iter()
+        .filter_map(|(offered, name)| (!offered).then_some(name))
+        .collect()
+    }
+}
+
+/// Who walks the vCPU's tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Walker {
+    /// The processor, under Intel's EPT.
+    Ept,
+    /// The processor, under AMD's NPT.
+    Npt,
+    /// KVM, which shadows on VT-x or SVM.
+    KvmShadows,
+    /// KVM, which shadows without VT-x or SVM.
+    KvmShadowsByItself,
+    /// The host does not say.
+    Unknown,
+}
+
+impl Walker {
+    /// Asks the host.
+    pub fn of_this_host() -> Self {
+        Self::of(Path::new("/sys/module"))
+    }
+
+    fn of(modules: &Path) -> Self {
+        let on = |parameter: &str| {
+            let text = std::fs::read_to_string(modules.join(parameter)).ok()?;
+            Some(matches!(text.trim(), "Y" | "y" | "1"))
+        };
+        match (on("kvm_intel/parameters/ept"), on("kvm_amd/parameters/npt")) {
+            (Some(true), _) => Self::Ept,
+            (_, Some(true)) => Self::Npt,
+            (Some(false), _) | (_, Some(false)) => Self::KvmShadows,
+            _ if modules.join("kvm_pvm").exists() => Self::KvmShadowsByItself,
+            _ => Self::Unknown,
+        }
+    }
+
+    /// Whether it is the processor's own walker.
+    pub fn is_hardware(self) -> bool {
+        matches!(self, Self::Ept | Self::Npt)
+    }
+}
+
+impl fmt::Display for Walker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ept => "the processor's own page walker (KVM with EPT)",
+            Self::Npt => "the processor's own page walker (KVM with NPT)",
+            Self::KvmShadows => "the page walker of the host's KVM (kvm_intel or kvm_amd without nested paging)",
+            Self::KvmShadowsByItself => "the page walker of the host's KVM (kvm_pvm, without VT-x or SVM)",
+            Self::Unknown => "a KVM that does not say who walks tables",
+        })
+    }
+}

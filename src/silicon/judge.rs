@@ -1,0 +1,103 @@
+//! Expectation against answer, and the memory afterwards.
+
+use crate::batch::{Answer, Touch};
+use crate::expect::{Expected, Open};
+use crate::memory::{A, Image};
+use std::collections::BTreeSet;
+
+/// Something that the reference and the vCPU do not agree on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Disagreement {
+    /// The outcome of an access.
+    Access {
+        /// Which of the case's.
+        nth: usize,
+        /// The access.
+        touch: Touch,
+        /// What the reference says.
+        expected: Expected,
+        /// What the vCPU did.
+        got: Answer,
+    },
+    /// What is in memory afterwards.
+    Memory {
+        /// The physical address of the word.
+        physical: u64,
+        /// What was there before.
+        before: u64,
+        /// What the reference leaves there.
+        expected: u64,
+        /// What is there.
+        got: u64,
+    },
+}
+
+/// Whether an answer is what was expected. A word read from a table may have accessed flags that are left open.
+pub(crate) fn agrees(expected: Expected, got: Answer, linear: u64, from_table: bool) -> bool {
+    match (expected, got) {
+        (Expected::Done(expected), Answer::Done(got)) => {
+            let open = if from_table { A | A << 32 } else { 0 };
+            (expected ^ got) & !open == 0
+        }
+        (Expected::Fault(expected), Answer::Fault { code, cr2 }) => expected == code && cr2 == linear,
+        _ => false,
+    }
+}
+
+/// Accessed flags that no access demanded, by what leaves them open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenFlags {
+    /// In entries of a walk that ended in a fault.
+    pub of_faulting_walks: u64,
+    /// In other present entries: set by speculation, which the manual permits (SDM Vol. 3 §4.8 and §4.10.2.3: translations
+    /// may be made, and cached, for accesses that are never executed).
+    pub of_speculation: u64,
+}
+
+/// Compares every frame of the case with what is in the object.
+pub(crate) fn compare_memory(
+    before: &Image,
+    expected: &Image,
+    got: &Image,
+    tables: &[u64],
+    entry_bytes: u8,
+    open: &[Open],
+    flags: &mut OpenFlags,
+) -> Vec<Disagreement> {
+    let open: BTreeSet<(u64, u64)> = open
+        .iter()
+        .filter_map(|&(address, _)| Some((expected.frame_of(address)?, address & 0xfff)))
+        .collect();
+    let mut found = Vec::new();
+    for ((frame, want), (_, have)) in expected.frames().zip(got.frames()) {
+        if want == have {
+            continue;
+        }
+        let is_table = tables.contains(&frame);
+        for word in 0..512 {
+            let (want, have) = (want[word], have[word]);
+            let at = word as u64 * 8;
+            let mut permitted = want;
+            // One entry of 8 bytes or two of 4.
+            for half in 0..u64::from(8 / entry_bytes) {
+                let shift = half * 32;
+                let extra = have >> shift & !(want >> shift) & A != 0;
+                if !is_table || !extra || want >> shift & 1 == 0 {
+                    continue;
+                }
+                permitted |= A << shift;
+                if open.contains(&(frame, at + half * 4)) {
+                    flags.of_faulting_walks += 1;
+                } else {
+                    flags.of_speculation += 1;
+                }
+            }
+            if permitted != have {
+                let physical = frame * 4096 + at;
+                let before = before.word(physical).unwrap_or_default();
+                found.push(Disagreement::Memory { physical, before, expected: want, got: have });
+            }
+        }
+    }
+    found
+}

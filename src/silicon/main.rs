@@ -1,0 +1,1 @@
+fn main(){ let n=std::env::args().nth(1).map_or(100,|s|s.parse().unwrap()); let mut o=silicon::Oracle::open().unwrap(); let t=std::time::Instant::now(); let r=o.run(1,0..n); match r {Ok(o)=>println!("{o}"),Err(e)=>println!("ERR {e}")}; println!("{:?}",t.elapsed()); }

@@ -1,0 +1,112 @@
+//! Which accesses are made in an address space: those that can be judged.
+//!
+//! Each candidate is put to the reference first. One that would read tables where no memory is, reach a page of which no
+//! frame is known, execute what is no code of ours, or write to a table is not made: the first two are a matter of devices,
+//! the third could do anything, and the last would change what is being judged (what a TLB may then remember is
+//! [`reference::Tlb`]'s subject). Reads of tables through tables are made.
+
+use crate::batch::Touch;
+use crate::expect::{Expected, Mistake, expect};
+use crate::generate::{Chance, Space, one_in};
+use crate::memory::{Image, landed, landing, written_id};
+use mmu::{Access, AccessKind, PagingMode, Privilege};
+use rand::RngExt;
+use rand::seq::IndexedRandom;
+use reference::visit;
+
+/// Accesses of one batch.
+const WANTED: usize = 64;
+const TRIES: usize = 400;
+
+/// Chooses the accesses of a batch at one privilege. `image` is the state before, and becomes the state after.
+pub(crate) fn choose(rng: &mut Chance, space: &Space, image: &mut Image, privilege: Privilege) -> Vec<Touch> {
+    let bytes = if space.cpu.lma { 8 } else { 4 };
+    let ac = rng.random();
+    let addresses: Vec<u64> = (0..WANTED / 2).map(|_| space.address(rng)).collect();
+    let mut touches = Vec::new();
+    for _ in 0..TRIES {
+        if touches.len() == WANTED {
+            break;
+        }
+        let Some(&linear) = addresses.choose(rng) else { break };
+        let kind = match rng.random_range(0..10) {
+            0..4 => AccessKind::Read,
+            4..7 => AccessKind::Write,
+            _ => AccessKind::Execute,
+        };
+        let value = landing(written_id(touches.len()));
+        let value = if bytes == 8 { value } else { value & 0xffff_ffff };
+        let access = Access { kind, privilege, ac };
+        let touch = Touch { linear: aimed(rng, space, image, linear), access, value };
+        let Some(touch) = fit(space, image, touch) else { continue };
+        if one_in(rng, 16) && matches!(expect_now(space, image, &touch), Expected::Done(_)) {
+            // The same again: what a TLB remembers must not matter.
+            touches.push(touch);
+        }
+        expect(&space.cpu, image, &touch, bytes, Mistake::None, &mut Vec::new());
+        touches.push(touch);
+    }
+    touches
+}
+
+fn expect_now(space: &Space, image: &mut Image, touch: &Touch) -> Expected {
+    let bytes = if space.cpu.lma { 8 } else { 4 };
+    expect(&space.cpu, image, touch, bytes, Mistake::None, &mut Vec::new())
+}
+
+/// In a large page, most of which is none of the case's, the address of a frame that is.
+fn aimed(rng: &mut Chance, space: &Space, image: &Image, linear: u64) -> u64 {
+    let Ok(leaf) = visit(&space.cpu, image, linear).end else { return linear };
+    if leaf.page_size == 4096 {
+        return linear;
+    }
+    let among = if one_in(rng, 5) { &space.tables } else { &space.data };
+    let frame = among.choose(rng).copied().unwrap_or_default();
+    let inside = leaf.page_size - 1;
+    space.canonical(linear & !inside | frame << 12 & inside | linear & 0xfff)
+}
+
+/// The access, or one like it that can be judged.
+fn fit(space: &Space, image: &Image, touch: Touch) -> Option<Touch> {
+    let visit = visit(&space.cpu, image, touch.linear);
+    if image.take_outside() || open_to_vendors(space, &visit) || space.is_barred(&touch) {
+        return None;
+    }
+    let Ok(leaf) = visit.end else { return Some(touch) };
+    if leaf.refusal(&space.cpu, &touch.access).is_some() {
+        return Some(touch);
+    }
+    let physical = leaf.physical | touch.linear & (leaf.page_size - 1);
+    let frame = image.frame_of(physical)?;
+    let harmless = match touch.access.kind {
+        AccessKind::Read => true,
+        AccessKind::Write => !space.tables.contains(&frame),
+        AccessKind::Execute => landed(image.get(physical & !7, 8)).is_some() && physical & 7 == 0,
+    };
+    if harmless {
+        return Some(touch);
+    }
+    let access = Access { kind: AccessKind::Read, ..touch.access };
+    fit(space, image, Touch { access, ..touch })
+}
+
+impl Space {
+    /// An address that the host keeps from CPL 3.
+    fn is_barred(&self, touch: &Touch) -> bool {
+        !self.upper_half && touch.linear >> 63 == 1 && touch.access.is_user()
+    }
+}
+
+/// AMD's manual (APM Vol. 2 §5.3.3) reserves bit 8 in entries above the page-directory table that map no page; Intel's, which
+/// the reference follows, ignores it.
+fn open_to_vendors(space: &Space, visit: &reference::Visit) -> bool {
+    let above = match space.mode {
+        PagingMode::Level4 => 2,
+        PagingMode::Level5 => 3,
+        _ => 0,
+    };
+    let last = visit.entries().len().saturating_sub(1);
+    let leads_on = |nth: usize| nth < last || visit.end.is_err();
+    space.amd
+        && visit.entries().iter().take(above).enumerate().any(|(nth, e)| leads_on(nth) && e.raw & 0x101 == 0x101)
+}

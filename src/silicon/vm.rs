@@ -1,0 +1,201 @@
+#![allow(unsafe_code, reason = "KVM is given memory of this process")]
+//! One virtual machine with one vCPU, in one paging mode: memory slots, registers, and a list of accesses run to its end.
+//!
+//! The vCPU's physical memory is the memory object under test from address 0 (so an HPA of it is a physical address of the
+//! vCPU), once more at [`alias`] so that entries with high address bits lead somewhere, and the stub's frames.
+
+use crate::batch::{self, Answer, BATCH, Bits, Touch};
+use crate::error::{Error, doing};
+use crate::features::Features;
+use crate::layout::*;
+use crate::memory::Object;
+use crate::watchdog::{LIMIT, Watchdog};
+use guestmem::HostMemory;
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use mmu::paging::bits::CR0_PG;
+use mmu::{PagingMode, PagingState};
+use std::sync::Arc;
+
+const OBJECT_SLOT: u32 = 0;
+const STUB_SLOT: u32 = 1;
+const ALIAS_SLOT: u32 = 2;
+
+const CR0_FIXED: u64 = 0x33;
+const FINISHED_PORT: u16 = 0xf4;
+const RFLAGS_FIXED: u64 = 2;
+
+/// Where the memory object is a second time, if MAXPHYADDR allows: an address that 4 MiB pages can name too, whose 40 bits
+/// are the most that PSE-36 gives them.
+pub(crate) fn alias(maxphyaddr: u8) -> Option<u64> {
+    let bit = u32::from(maxphyaddr).min(40) - 1;
+    (bit > 32).then_some(1 << bit)
+}
+
+/// The machine.
+pub(crate) struct Vm {
+    // The vCPU before the machine, the machine before the memory that its slots show.
+    vcpu: VcpuFd,
+    fd: VmFd,
+    pub home: Home,
+    object: Option<Arc<dyn Object>>,
+    alias: Option<u64>,
+    watchdog: Watchdog,
+    initial: kvm_sregs,
+    offers_keys: bool,
+}
+
+impl Vm {
+    /// A machine without a memory object.
+    pub fn new(kvm: &Kvm, features: &Features, mode: PagingMode) -> Result<Self, Error> {
+        let fd = kvm.create_vm().map_err(doing("creating a virtual machine"))?;
+        // Intel's VMX wants three pages to itself; elsewhere it means nothing, and where it is unknown nothing is lost.
+        let _only_for_vmx = fd.set_tss_address(0xfffb_d000);
+        let _only_for_vmx = fd.set_identity_map_address(0xfffb_c000);
+        let vcpu = fd.create_vcpu(0).map_err(doing("creating a vCPU"))?;
+        vcpu.set_cpuid2(&features.cpuid).map_err(doing("setting the vCPU's CPUID"))?;
+        let initial = vcpu.get_sregs().map_err(doing("reading the vCPU's registers"))?;
+        let home = Home::new(HostMemory::new(STUB_FRAMES)?, mode);
+        let alias = alias(features.maxphyaddr);
+        let watchdog = Watchdog::new();
+        let offers_keys = features.keys;
+        let vm = Self { vcpu, fd, home, object: None, alias, watchdog, initial, offers_keys };
+        vm.slot(STUB_SLOT, STUB_PHYSICAL, vm.home.memory(), STUB_FRAMES * 4096)?;
+        Ok(vm)
+    }
+
+    fn slot(&self, slot: u32, at: u64, memory: &HostMemory, size: u64) -> Result<(), Error> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: at,
+            memory_size: size,
+            userspace_addr: memory.base() as u64,
+        };
+        // SAFETY: the object is mapped for as long as `self` owns it, and `show` takes the slot away before it lets go of
+        // it; nothing in this program refers to the bytes but through atomics and volatile copies.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(doing("setting a memory slot"))
+    }
+
+    /// Makes `object` the vCPU's physical memory. All that KVM has derived from its tables is forgotten, also when it is the
+    /// object that was there before.
+    pub fn show<M: Object + 'static>(&mut self, object: Arc<M>) -> Result<(), Error> {
+        self.hide()?;
+        let memory = object.bytes();
+        let size = memory.size().min(STUB_PHYSICAL);
+        self.slot(OBJECT_SLOT, 0, memory, size)?;
+        if let Some(alias) = self.alias {
+            self.slot(ALIAS_SLOT, alias, memory, size)?;
+        }
+        self.object = Some(object);
+        Ok(())
+    }
+
+    fn hide(&mut self) -> Result<(), Error> {
+        if let Some(object) = self.object.take() {
+            let memory = object.bytes();
+            self.slot(OBJECT_SLOT, 0, memory, 0)?;
+            if let Some(alias) = self.alias {
+                self.slot(ALIAS_SLOT, alias, memory, 0)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether KVM takes the paging mode: there are some that have long mode only, and drop CR0.PG without a word.
+    pub fn takes(&self, state: &PagingState) -> bool {
+        let kept = self.vcpu.set_sregs(&self.system(state)).and_then(|()| self.vcpu.get_sregs());
+        kept.is_ok_and(|sregs| sregs.cr0 & CR0_PG != 0)
+    }
+
+    /// Makes the accesses, all of them at the privilege of the first, in the address space of `state`, whose top table has the
+    /// stub's entry.
+    pub fn run(&mut self, state: &PagingState, touches: &[Touch]) -> Result<Vec<Answer>, Error> {
+        let Some(first) = touches.first() else { return Ok(Vec::new()) };
+        assert!(touches.len() <= BATCH, "a batch has at most {BATCH} accesses");
+        let user = first.access.is_user();
+        let view = if user { self.home.user } else { self.home.supervisor };
+        let (questions, answers) = (self.home.questions(), self.home.answers());
+        batch::ask(self.home.memory(), questions, answers, touches);
+        let rflags = RFLAGS_FIXED | u64::from(first.access.ac) << 18;
+        let rsp = self.home.write_frame(view + self.home.stub.next, rflags, user);
+        self.vcpu.set_sregs(&self.system(state)).map_err(doing("setting the vCPU's system registers"))?;
+        let keys = self.offers_keys && state.controls().pke;
+        let start = if keys { self.home.stub.start_with_keys } else { self.home.stub.start };
+        let regs = kvm_regs {
+            rip: self.home.supervisor + start,
+            rsp,
+            rflags: RFLAGS_FIXED,
+            rsi: view + questions.0,
+            rdi: view + answers.0,
+            rbx: view + self.home.stub.landed,
+            r8: u64::from(state.pkru & !(3 << (2 * STUB_KEY))),
+            ..kvm_regs::default()
+        };
+        self.vcpu.set_regs(&regs).map_err(doing("setting the vCPU's registers"))?;
+        self.run_to_the_end()?;
+        Ok(batch::answers(self.home.memory(), answers, touches.len()))
+    }
+
+    fn run_to_the_end(&mut self) -> Result<(), Error> {
+        let vcpu = &mut self.vcpu;
+        let (exit, late) = self.watchdog.watch(LIMIT, || loop {
+            match vcpu.run() {
+                Ok(VcpuExit::IoOut(FINISHED_PORT, _)) => return Ok(()),
+                Ok(exit) => return Err(format!("it ended with {exit:?}")),
+                Err(error) if error.errno() == libc::EAGAIN => {}
+                Err(error) if error.errno() == libc::EINTR => return Err("it was interrupted".to_owned()),
+                Err(error) => return Err(format!("KVM_RUN failed: {error}")),
+            }
+        });
+        match exit {
+            Ok(()) => Ok(()),
+            Err(what) if late => Err(self.astray(format!("it took longer than {LIMIT:?}; {what}"))),
+            Err(what) => Err(self.astray(what)),
+        }
+    }
+
+    fn astray(&self, what: String) -> Error {
+        let state = match (self.vcpu.get_regs(), self.vcpu.get_sregs()) {
+            (Ok(regs), Ok(sregs)) => format!(
+                "{regs:x?} CS {:#x} CR0 {:#x} CR2 {:#x} CR3 {:#x} CR4 {:#x} EFER {:#x}",
+                sregs.cs.selector, sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.efer
+            ),
+            _ => "its registers cannot be read".to_owned(),
+        };
+        Error::Astray { what, state }
+    }
+
+    /// The system registers: at CPL 0, in the address space of `state`.
+    fn system(&self, state: &PagingState) -> kvm_sregs {
+        let long = self.home.bits() == Bits::Bits64;
+        let segment = |selector: u16, type_: u8| kvm_segment {
+            base: 0,
+            limit: 0xffff_ffff,
+            selector,
+            type_,
+            present: 1,
+            dpl: (selector & 3) as u8,
+            db: u8::from(type_ == 3 || !long),
+            s: 1,
+            l: u8::from(type_ == 11 && long),
+            g: 1,
+            ..kvm_segment::default()
+        };
+        let mut sregs = self.initial;
+        let [gdt, idt, tss, _] = self.home.structures();
+        sregs.cs = segment(KERNEL_CODE, 11);
+        sregs.ss = segment(KERNEL_DATA, 3);
+        let data = segment(USER_DATA, 3);
+        (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data);
+        let task = kvm_segment { base: tss, limit: TSS_LIMIT, db: 0, s: 0, g: 0, ..segment(TASK, 11) };
+        sregs.tr = kvm_segment { l: 0, ..task };
+        (sregs.gdt.base, sregs.gdt.limit) = (gdt, GDT_LIMIT);
+        (sregs.idt.base, sregs.idt.limit) = (idt, IDT_LIMIT);
+        sregs.cr0 = state.cr0 | CR0_FIXED;
+        sregs.cr3 = state.cr3;
+        sregs.cr4 = state.cr4;
+        sregs.efer = state.efer;
+        sregs
+    }
+}
