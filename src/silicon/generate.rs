@@ -37,7 +37,7 @@ pub(crate) const BANKS: u64 = 64;
 pub(crate) struct Space {
     pub mode: PagingMode,
     pub cpu: Cpu,
-    /// Every frame that it may lead to.
+    /// Every frame that may be reached.
     pub image: Image,
     /// Those of them that are tables.
     pub tables: Vec<u64>,

@@ -2,7 +2,9 @@
 
 use crate::batch::{Answer, Touch};
 use crate::expect::{Expected, Open};
+use crate::generate::Space;
 use crate::memory::{A, Image};
+use crate::shadowed::Promise;
 use std::collections::BTreeSet;
 
 /// Something that the reference and the vCPU do not agree on.
@@ -19,6 +21,17 @@ pub enum Disagreement {
         /// What the vCPU did.
         got: Answer,
     },
+    /// The outcome of an access by shadow tables, against what the guest's tables and the backend promise.
+    Promise {
+        /// Which of the case's.
+        nth: usize,
+        /// The access.
+        touch: Touch,
+        /// What must come of it.
+        promise: Promise,
+        /// What the vCPU did.
+        got: Answer,
+    },
     /// What is in memory afterwards.
     Memory {
         /// The physical address of the word.
@@ -32,11 +45,10 @@ pub enum Disagreement {
     },
 }
 
-/// Whether an answer is what was expected. A word read from a table may have accessed flags that are left open.
-pub(crate) fn agrees(expected: Expected, got: Answer, linear: u64, from_table: bool) -> bool {
+/// Whether an answer is what was expected; of a word that was read, the bits `open` may be either.
+pub(crate) fn agrees(expected: Expected, got: Answer, linear: u64, open: u64) -> bool {
     match (expected, got) {
         (Expected::Done(expected), Answer::Done(got)) => {
-            let open = if from_table { A | A << 32 } else { 0 };
             (expected ^ got) & !open == 0
         }
         (Expected::Fault(expected), Answer::Fault { code, cr2 }) => expected == code && cr2 == linear,
@@ -56,10 +68,9 @@ pub struct OpenFlags {
 
 /// Compares every frame of the case with what is in the object.
 pub(crate) fn compare_memory(
-    before: &Image,
+    space: &Space,
     expected: &Image,
     got: &Image,
-    tables: &[u64],
     entry_bytes: u8,
     open: &[Open],
     flags: &mut OpenFlags,
@@ -73,7 +84,7 @@ pub(crate) fn compare_memory(
         if want == have {
             continue;
         }
-        let is_table = tables.contains(&frame);
+        let is_table = space.tables.contains(&frame);
         for word in 0..512 {
             let (want, have) = (want[word], have[word]);
             let at = word as u64 * 8;
@@ -94,7 +105,7 @@ pub(crate) fn compare_memory(
             }
             if permitted != have {
                 let physical = frame * 4096 + at;
-                let before = before.word(physical).unwrap_or_default();
+                let before = space.image.word(physical).unwrap_or_default();
                 found.push(Disagreement::Memory { physical, before, expected: want, got: have });
             }
         }

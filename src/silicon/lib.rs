@@ -11,6 +11,7 @@
 
 mod batch;
 mod error;
+mod examine;
 mod expect;
 mod features;
 mod generate;
@@ -19,6 +20,7 @@ mod layout;
 mod memory;
 mod oracle;
 mod report;
+mod shadowed;
 mod stub;
 mod touches;
 mod vm;
@@ -30,4 +32,5 @@ pub use expect::{Expected, Mistake};
 pub use features::{Features, Walker};
 pub use judge::{Disagreement, OpenFlags};
 pub use oracle::Oracle;
-pub use report::{Difference, Outcome, Tally};
+pub use report::{Difference, Outcome, Tables, Tally};
+pub use shadowed::Promise;

@@ -1,12 +1,12 @@
 //! The oracle: cases made, put to the vCPU and judged.
 
-use crate::batch::{Answer, Touch};
 use crate::error::{Error, Unavailable};
-use crate::expect::{Mistake, expect};
+use crate::examine::Examination;
+use crate::expect::Mistake;
 use crate::features::{Features, Walker};
-use crate::generate::{BANK_FRAMES, BANKS, Chance, Space, chance, entry_bytes};
-use crate::judge::{Disagreement, agrees, compare_memory};
-use crate::report::{Difference, Outcome};
+use crate::generate::{BANK_FRAMES, BANKS, Chance, Space, chance};
+use crate::judge::Disagreement;
+use crate::report::{Difference, Outcome, Tables};
 use crate::touches::choose;
 use crate::vm::Vm;
 use guestmem::HostMemory;
@@ -14,7 +14,7 @@ use kvm_ioctls::{Cap, Kvm};
 use mmu::{PagingMode, Privilege};
 use rand::RngExt;
 use reference::Cpu;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -24,19 +24,32 @@ const KEPT: usize = 8;
 
 /// Something that can be asked what a page walk comes to.
 pub struct Oracle {
-    pub(crate) kvm: Kvm,
+    kvm: Kvm,
     pub(crate) features: Features,
     walker: Walker,
     /// What the expectation gets wrong, on purpose.
     pub(crate) mistake: Mistake,
     machines: BTreeMap<PagingMode, Machine>,
+    /// For shadow tables; its memory object is another in every case.
+    shadowing: Option<Vm>,
 }
 
-/// One mode's machine, and what it has of the banks of its memory object.
+/// One mode's machine, and which banks of its memory object KVM may know tables in.
 struct Machine {
     vm: Vm,
     object: Arc<HostMemory>,
-    banks_used: u64,
+    known: BTreeSet<u64>,
+}
+
+impl Machine {
+    /// Makes sure that KVM knows nothing of the bank: it would not see that tables there are others now.
+    fn take_bank(&mut self, bank: u64) -> Result<(), Error> {
+        if !self.known.insert(bank) {
+            self.vm.show_all(self.object.clone())?;
+            self.known = BTreeSet::from([bank]);
+        }
+        Ok(())
+    }
 }
 
 impl Oracle {
@@ -47,11 +60,9 @@ impl Oracle {
             libc::EACCES | libc::EPERM => Unavailable::Permission,
             _ => Unavailable::Open(error.into()),
         })?;
-        for (cap, name) in [
-            (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-            (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
-            (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
-        ] {
+        for (cap, name) in
+            [(Cap::UserMemory, "KVM_CAP_USER_MEMORY"), (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID")]
+        {
             if !kvm.check_extension(cap) {
                 return Err(Unavailable::Missing(name));
             }
@@ -60,7 +71,8 @@ impl Oracle {
         let walker = Walker::of_this_host();
         let mut features = Features::of(&kvm, walker)?;
         features.modes = modes(&kvm, &features)?;
-        Ok(Self { kvm, features, walker, mistake: Mistake::None, machines: BTreeMap::new() })
+        let mistake = Mistake::None;
+        Ok(Self { kvm, features, walker, mistake, machines: BTreeMap::new(), shadowing: None })
     }
 
     /// What the vCPU has.
@@ -78,12 +90,23 @@ impl Oracle {
         self.mistake = mistake;
     }
 
-    /// Runs cases of guest tables. A case depends on the seed and its number alone.
+    /// Runs cases. A case depends on the seed, its number and what the vCPU has; of each four, one is of shadow tables.
     pub fn run(&mut self, seed: u64, cases: Range<u64>) -> Result<Outcome, Error> {
         let mut outcome = Outcome::new(self.walker, &self.features, seed);
         for case in cases {
-            self.guest_case(seed, case, &mut outcome)?;
+            let mut rng = chance(seed, case);
+            let found = if case % 4 == 3 {
+                self.shadow_case(&mut rng, &mut outcome)?
+            } else {
+                self.guest_case(&mut rng, case, &mut outcome)?
+            };
             outcome.cases += 1;
+            if let Some((space, found)) = found {
+                outcome.differing += 1;
+                if outcome.differences.len() < KEPT {
+                    outcome.differences.push(Difference::new(seed, case, &space, found));
+                }
+            }
         }
         Ok(outcome)
     }
@@ -92,31 +115,42 @@ impl Oracle {
         if !self.machines.contains_key(&mode) {
             let mut vm = Vm::new(&self.kvm, &self.features, mode)?;
             let object = Arc::new(HostMemory::new(BANKS * BANK_FRAMES)?);
-            vm.show(object.clone())?;
-            self.machines.insert(mode, Machine { vm, object, banks_used: 0 });
+            vm.show_all(object.clone())?;
+            self.machines.insert(mode, Machine { vm, object, known: BTreeSet::new() });
         }
         Ok(self.machines.get_mut(&mode).expect("it was just put there"))
     }
 
-    fn guest_case(&mut self, seed: u64, case: u64, outcome: &mut Outcome) -> Result<(), Error> {
+    /// The machine for shadow tables, which are 4-level tables whatever the guest's mode.
+    pub(crate) fn shadowing(&mut self) -> Result<&mut Vm, Error> {
+        if self.shadowing.is_none() {
+            self.shadowing = Some(Vm::new(&self.kvm, &self.features, PagingMode::Level4)?);
+        }
+        Ok(self.shadowing.as_mut().expect("it was just put there"))
+    }
+
+    fn guest_case(
+        &mut self,
+        rng: &mut Chance,
+        case: u64,
+        outcome: &mut Outcome,
+    ) -> Result<Option<(Space, Vec<Disagreement>)>, Error> {
         let (features, mistake) = (self.features.clone(), self.mistake);
-        let mut rng = chance(seed, case);
-        let mode = features.modes[rng.random_range(0..features.modes.len())];
+        // The same mode for as long as the banks last, so that KVM need not forget more often than that.
+        let mode = features.modes[(case / BANKS) as usize % features.modes.len()];
+        let bank = case % BANKS;
         let machine = self.machine(mode)?;
-        if machine.banks_used == BANKS {
-            machine.vm.show(machine.object.clone())?;
-            machine.banks_used = 0;
+        machine.take_bank(bank)?;
+        let space = Space::random(rng, &features, mode, bank, &machine.vm.home.kept());
+        let mut examination = Examination::new(&space, &machine.object, mistake, Tables::Guest(mode));
+        let mut chosen = space.image.clone();
+        let bytes = machine.vm.home.bits().access_bytes();
+        for privilege in privileges(rng) {
+            let touches = choose(rng, &space, &mut chosen, privilege, bytes);
+            examination.batch(&mut machine.vm, &touches, outcome)?;
         }
-        machine.banks_used += 1;
-        // The bank is the case's, so that a replay is the same; one that was used since the last time is made fresh.
-        let space = Space::random(&mut rng, &features, mode, case % BANKS, &machine.vm.home.kept());
-        let mut run = Run::new(&space, machine, mistake);
-        for privilege in privileges(&mut rng) {
-            run.batch(&mut rng, privilege, outcome)?;
-        }
-        let found = run.finish(outcome);
-        report(outcome, seed, case, &space, found);
-        Ok(())
+        let found = examination.finish(outcome);
+        Ok((!found.is_empty()).then_some((space, found)))
     }
 }
 
@@ -138,7 +172,7 @@ fn modes(kvm: &Kvm, features: &Features) -> Result<Vec<PagingMode>, Unavailable>
             modes.push(mode);
         }
     }
-    if modes.is_empty() { Err(Unavailable::Missing("every paging mode")) } else { Ok(modes) }
+    if modes.contains(&PagingMode::Level4) { Ok(modes) } else { Err(Unavailable::Missing("4-level paging")) }
 }
 
 /// Accesses at CPL 3 always; at CPL 0 now and then, because some hosts interpret CPL 0.
@@ -147,75 +181,5 @@ fn privileges(rng: &mut Chance) -> Vec<Privilege> {
         0 => vec![Privilege::Supervisor, Privilege::User],
         1 => vec![Privilege::User, Privilege::Supervisor],
         _ => vec![Privilege::User],
-    }
-}
-
-fn report(outcome: &mut Outcome, seed: u64, case: u64, space: &Space, found: Vec<Disagreement>) {
-    if found.is_empty() {
-        return;
-    }
-    outcome.differing += 1;
-    if outcome.differences.len() < KEPT {
-        outcome.differences.push(Difference::new(seed, case, space, found));
-    }
-}
-
-/// A case in progress.
-struct Run<'a> {
-    space: &'a Space,
-    machine: &'a mut Machine,
-    mistake: Mistake,
-    /// As the true reference has it, for choosing accesses.
-    chosen: crate::memory::Image,
-    /// As the expectation has it.
-    expected: crate::memory::Image,
-    open: Vec<crate::expect::Open>,
-    found: Vec<Disagreement>,
-}
-
-impl<'a> Run<'a> {
-    fn new(space: &'a Space, machine: &'a mut Machine, mistake: Mistake) -> Self {
-        space.image.store(&machine.object);
-        let (chosen, expected) = (space.image.clone(), space.image.clone());
-        Self { space, machine, mistake, chosen, expected, open: Vec::new(), found: Vec::new() }
-    }
-
-    fn batch(&mut self, rng: &mut Chance, privilege: Privilege, outcome: &mut Outcome) -> Result<(), Error> {
-        let touches = choose(rng, self.space, &mut self.chosen, privilege);
-        let answers = self.machine.vm.run(&self.space.cpu.state(), &touches)?;
-        for (nth, (touch, got)) in touches.iter().zip(answers).enumerate() {
-            self.judge(nth, touch, got, outcome);
-        }
-        Ok(())
-    }
-
-    fn judge(&mut self, nth: usize, touch: &Touch, got: Answer, outcome: &mut Outcome) {
-        let bytes = self.machine.vm.home.bits().access_bytes();
-        let cpu = &self.space.cpu;
-        let from_table = reference::visit(cpu, &self.expected, touch.linear).end.is_ok_and(|leaf| {
-            let physical = leaf.physical | touch.linear & (leaf.page_size - 1);
-            self.expected.frame_of(physical).is_some_and(|frame| self.space.tables.contains(&frame))
-        });
-        let expected = expect(cpu, &mut self.expected, touch, bytes, self.mistake, &mut self.open);
-        outcome.count(self.space.mode, touch, expected);
-        if !agrees(expected, got, touch.linear, from_table) {
-            self.found.push(Disagreement::Access { nth, touch: *touch, expected, got });
-        }
-    }
-
-    fn finish(mut self, outcome: &mut Outcome) -> Vec<Disagreement> {
-        let (space, expected) = (self.space, &self.expected);
-        let got = space.image.read_back(&self.machine.object);
-        let bytes = entry_bytes(space.mode);
-        self.found.extend(compare_memory(
-            &space.image,
-            expected,
-            &got,
-            &space.tables,
-            bytes,
-            &self.open,
-            &mut outcome.open,
-        ));
-        self.found
     }
 }

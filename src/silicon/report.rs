@@ -1,7 +1,6 @@
 //! What a run came to, in numbers and in words.
 
 use crate::batch::Touch;
-use crate::expect::Expected;
 use crate::features::{Features, Walker};
 use crate::generate::Space;
 use crate::judge::{Disagreement, OpenFlags};
@@ -9,8 +8,34 @@ use mmu::{AccessKind, PagingMode, Privilege};
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// Accesses by what they were and what came of them.
-pub type Tally = BTreeMap<(PagingMode, &'static str, &'static str), [u64; 2]>;
+/// Whose tables the vCPU walked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tables {
+    /// A guest's of this mode, which is the vCPU's own.
+    Guest(PagingMode),
+    /// Those that the shadow backend built for a guest of this mode, the vCPU in 4-level paging.
+    Shadow(PagingMode),
+}
+
+impl fmt::Display for Tables {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (mode, whose) = match self {
+            Tables::Guest(mode) => (mode, "tables"),
+            Tables::Shadow(mode) => (mode, "shadowed"),
+        };
+        let mode = match mode {
+            PagingMode::Off => "no paging",
+            PagingMode::Bits32 => "32-bit",
+            PagingMode::Pae => "PAE",
+            PagingMode::Level4 => "4-level",
+            PagingMode::Level5 => "5-level",
+        };
+        f.pad(&format!("{mode} {whose}"))
+    }
+}
+
+/// Accesses, and how many of them faulted, by whose tables, who and what.
+pub type Tally = BTreeMap<(Tables, &'static str, &'static str), [u64; 2]>;
 
 /// What a run came to.
 #[derive(Clone, Debug)]
@@ -60,7 +85,7 @@ impl Outcome {
         self.tally.values().map(|[_, faulted]| faulted).sum()
     }
 
-    pub(crate) fn count(&mut self, mode: PagingMode, touch: &Touch, expected: Expected) {
+    pub(crate) fn count(&mut self, tables: Tables, touch: &Touch, fault: Option<u32>) {
         let who = match touch.access.privilege {
             Privilege::User => "CPL 3",
             _ => "CPL 0",
@@ -70,9 +95,9 @@ impl Outcome {
             AccessKind::Write => "write",
             AccessKind::Execute => "execute",
         };
-        let [all, faulted] = self.tally.entry((mode, who, what)).or_default();
+        let [all, faulted] = self.tally.entry((tables, who, what)).or_default();
         *all += 1;
-        if let Expected::Fault(code) = expected {
+        if let Some(code) = fault {
             *faulted += 1;
             *self.codes.entry(code).or_default() += 1;
         }
@@ -103,8 +128,8 @@ impl fmt::Display for Outcome {
         if !self.absent.is_empty() {
             writeln!(f, "  not covered, because the vCPU has it not: {}", self.absent.join(", "))?;
         }
-        for ((mode, who, what), [all, faulted]) in &self.tally {
-            writeln!(f, "  {mode:?} {who} {what:<8} {all:>9}, {faulted:>9} faults")?;
+        for ((tables, who, what), [all, faulted]) in &self.tally {
+            writeln!(f, "  {tables:<17} {who} {what:<8} {all:>10}, {faulted:>10} faults")?;
         }
         write!(f, "  faults by error code:")?;
         for (code, count) in &self.codes {
@@ -161,6 +186,11 @@ impl fmt::Display for Difference {
                 Disagreement::Access { nth, touch, expected, got } => writeln!(
                     f,
                     "  access {nth}, {:?} at {:#x}: the reference says {expected:x?}, the vCPU {got:x?}",
+                    touch.access, touch.linear
+                )?,
+                Disagreement::Promise { nth, touch, promise, got } => writeln!(
+                    f,
+                    "  access {nth}, {:?} at {:#x}: the shadow tables owe {promise:x?}, the vCPU {got:x?}",
                     touch.access, touch.linear
                 )?,
                 Disagreement::Memory { physical, before, expected, got } => writeln!(

@@ -10,16 +10,15 @@ use crate::features::Features;
 use crate::layout::*;
 use crate::memory::Object;
 use crate::watchdog::{LIMIT, Watchdog};
-use guestmem::HostMemory;
+use guestmem::{GuestMemory, HostMemory, PAGE_SIZE, PageSize};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use mmu::paging::bits::CR0_PG;
 use mmu::{PagingMode, PagingState};
 use std::sync::Arc;
 
-const OBJECT_SLOT: u32 = 0;
-const STUB_SLOT: u32 = 1;
-const ALIAS_SLOT: u32 = 2;
+const STUB_SLOT: u32 = 0;
+const FIRST_SLOT: u32 = 1;
 
 const CR0_FIXED: u64 = 0x33;
 const FINISHED_PORT: u16 = 0xf4;
@@ -39,6 +38,8 @@ pub(crate) struct Vm {
     fd: VmFd,
     pub home: Home,
     object: Option<Arc<dyn Object>>,
+    /// Slots that show it, and where.
+    pieces: Vec<(u32, u64)>,
     alias: Option<u64>,
     watchdog: Watchdog,
     initial: kvm_sregs,
@@ -59,45 +60,61 @@ impl Vm {
         let alias = alias(features.maxphyaddr);
         let watchdog = Watchdog::new();
         let offers_keys = features.keys;
-        let vm = Self { vcpu, fd, home, object: None, alias, watchdog, initial, offers_keys };
-        vm.slot(STUB_SLOT, STUB_PHYSICAL, vm.home.memory(), STUB_FRAMES * 4096)?;
+        let vm = Self { vcpu, fd, home, object: None, pieces: Vec::new(), alias, watchdog, initial, offers_keys };
+        vm.slot(STUB_SLOT, STUB_PHYSICAL, vm.home.memory(), 0, STUB_FRAMES * PAGE_SIZE)?;
         Ok(vm)
     }
 
-    fn slot(&self, slot: u32, at: u64, memory: &HostMemory, size: u64) -> Result<(), Error> {
+    fn slot(&self, slot: u32, at: u64, memory: &HostMemory, offset: u64, size: u64) -> Result<(), Error> {
         let region = kvm_userspace_memory_region {
             slot,
             flags: 0,
             guest_phys_addr: at,
             memory_size: size,
-            userspace_addr: memory.base() as u64,
+            userspace_addr: memory.base() as u64 + offset,
         };
-        // SAFETY: the object is mapped for as long as `self` owns it, and `show` takes the slot away before it lets go of
-        // it; nothing in this program refers to the bytes but through atomics and volatile copies.
+        // SAFETY: the object is mapped for as long as `self` owns it, and `hide` takes the slots away before it lets go of
+        // it; offset and length lie inside; nothing in this program refers to the bytes but through atomics and volatile copies.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(doing("setting a memory slot"))
     }
 
-    /// Makes `object` the vCPU's physical memory. All that KVM has derived from its tables is forgotten, also when it is the
-    /// object that was there before.
-    pub fn show<M: Object + 'static>(&mut self, object: Arc<M>) -> Result<(), Error> {
+    /// Makes `object` the vCPU's physical memory, from 0 and at the alias. All that KVM has derived from its tables is
+    /// forgotten, also when it is the object that was there before.
+    pub fn show_all(&mut self, object: Arc<HostMemory>) -> Result<(), Error> {
+        let size = object.size().min(STUB_PHYSICAL);
+        let mut pieces = vec![(0, 0, size)];
+        pieces.extend(self.alias.map(|alias| (alias, 0, size)));
+        self.show(object, &pieces)
+    }
+
+    /// Makes a guest's memory the vCPU's physical memory: the engine's tables and the guest's frames, without the gap that
+    /// lies between.
+    pub fn show_guest(&mut self, memory: Arc<GuestMemory>, table_frames: u64) -> Result<(), Error> {
+        let tables = table_frames * PAGE_SIZE;
+        let guest = tables.next_multiple_of(PageSize::Size1G.bytes());
+        let size = memory.host().size().min(STUB_PHYSICAL);
+        self.show(memory, &[(0, 0, tables), (guest, guest, size - guest)])
+    }
+
+    /// Pieces: physical address, offset in the object, length.
+    fn show<M: Object + 'static>(&mut self, object: Arc<M>, pieces: &[(u64, u64, u64)]) -> Result<(), Error> {
         self.hide()?;
-        let memory = object.bytes();
-        let size = memory.size().min(STUB_PHYSICAL);
-        self.slot(OBJECT_SLOT, 0, memory, size)?;
-        if let Some(alias) = self.alias {
-            self.slot(ALIAS_SLOT, alias, memory, size)?;
+        // Kept from now on: should a piece fail, those before it still show the object.
+        self.object = Some(object.clone());
+        for (&(at, offset, length), slot) in pieces.iter().zip(FIRST_SLOT..) {
+            self.slot(slot, at, object.bytes(), offset, length)?;
+            self.pieces.push((slot, at));
         }
-        self.object = Some(object);
         Ok(())
     }
 
     fn hide(&mut self) -> Result<(), Error> {
-        if let Some(object) = self.object.take() {
-            let memory = object.bytes();
-            self.slot(OBJECT_SLOT, 0, memory, 0)?;
-            if let Some(alias) = self.alias {
-                self.slot(ALIAS_SLOT, alias, memory, 0)?;
+        if let Some(object) = self.object.clone() {
+            while let Some(&(slot, at)) = self.pieces.last() {
+                self.slot(slot, at, object.bytes(), 0, 0)?;
+                self.pieces.pop();
             }
+            self.object = None;
         }
         Ok(())
     }
