@@ -102,6 +102,7 @@ fn dependencies_point_one_way() {
         ("reference", &["mmu"]),
         ("equivalence", &["ept", "guestmem", "mmu", "reference", "shadow"]),
         ("shadow", &["guestmem", "mmu"]),
+        ("silicon", &["guestmem", "mmu", "reference", "shadow"]),
         ("ept", &["guestmem", "mmu"]),
         ("vcpu", &["guestmem", "mmu"]),
         ("softcpu", &["guestmem", "mmu", "vcpu"]),

@@ -6,7 +6,9 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum Unavailable {
     /// There is no such device.
-    #[error("opening /dev/kvm failed: there is none; the host's kernel has no KVM, or this machine no virtualization")]
+    #[error(
+        "opening /dev/kvm failed: there is none; the host's kernel has no KVM, or this machine no virtualization"
+    )]
     NoDevice,
     /// The device may not be used.
     #[error("opening /dev/kvm failed: permission denied; join the group 'kvm' or run as root")]

@@ -2,14 +2,13 @@
 
 use crate::batch::{Answer, Touch};
 use crate::error::Error;
-use crate::expect::{Expected, Mistake, Open, expect};
+use crate::expect::{Expected, Left, Mistake, expect};
 use crate::generate::{Space, entry_bytes};
 use crate::judge::{Disagreement, agrees, compare_memory};
 use crate::memory::{A, Image};
 use crate::report::{Outcome, Tables};
 use crate::vm::Vm;
 use guestmem::HostMemory;
-use reference::visit;
 
 /// An address space under examination.
 pub(crate) struct Examination<'a> {
@@ -19,7 +18,7 @@ pub(crate) struct Examination<'a> {
     tables: Tables,
     /// Memory as the reference has it by now.
     expected: Image,
-    open: Vec<Open>,
+    left: Left,
     found: Vec<Disagreement>,
 }
 
@@ -28,7 +27,7 @@ impl<'a> Examination<'a> {
     pub fn new(space: &'a Space, object: &'a HostMemory, mistake: Mistake, tables: Tables) -> Self {
         space.image.store(object);
         let expected = space.image.clone();
-        Self { space, object, mistake, tables, expected, open: Vec::new(), found: Vec::new() }
+        Self { space, object, mistake, tables, expected, left: Left::default(), found: Vec::new() }
     }
 
     /// Makes accesses at one privilege and judges each. Gives the answers.
@@ -41,9 +40,9 @@ impl<'a> Examination<'a> {
         let answers = vm.run(&self.space.cpu.state(), touches)?;
         let bytes = vm.home.bits().access_bytes();
         for (nth, (touch, &got)) in touches.iter().zip(&answers).enumerate() {
-            let open = if self.reads_a_table(touch) { A | A << 32 } else { 0 };
+            let open = if self.space.reads_a_table(&self.expected, touch) { A | A << 32 } else { 0 };
             let cpu = &self.space.cpu;
-            let expected = expect(cpu, &mut self.expected, touch, bytes, self.mistake, &mut self.open);
+            let expected = expect(cpu, &mut self.expected, touch, bytes, self.mistake, &mut self.left);
             outcome.count(self.tables, touch, fault_code(expected));
             if !agrees(expected, got, touch.linear, open) {
                 self.found.push(Disagreement::Access { nth, touch: *touch, expected, got });
@@ -52,18 +51,11 @@ impl<'a> Examination<'a> {
         Ok(answers)
     }
 
-    fn reads_a_table(&self, touch: &Touch) -> bool {
-        visit(&self.space.cpu, &self.expected, touch.linear).end.is_ok_and(|leaf| {
-            let physical = leaf.physical | touch.linear & (leaf.page_size - 1);
-            self.expected.frame_of(physical).is_some_and(|frame| self.space.tables.contains(&frame))
-        })
-    }
-
     /// Compares the memory and gives all that was found.
     pub fn finish(mut self, outcome: &mut Outcome) -> Vec<Disagreement> {
         let got = self.space.image.read_back(self.object);
         let bytes = entry_bytes(self.space.mode);
-        let memory = compare_memory(self.space, &self.expected, &got, bytes, &self.open, &mut outcome.open);
+        let memory = compare_memory(self.space, &self.expected, &got, bytes, &self.left, &mut outcome.open);
         self.found.extend(memory);
         self.found
     }

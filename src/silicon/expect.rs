@@ -20,8 +20,8 @@ pub enum Mistake {
     ExecuteDisableIgnored,
     /// Dirty flags are never set.
     DirtyForgotten,
-    /// Accessed flags are never set.
-    AccessedForgotten,
+    /// Reads make pages dirty.
+    DirtyByReads,
 }
 
 impl Mistake {
@@ -31,7 +31,7 @@ impl Mistake {
         Mistake::ReadOnlyIgnored,
         Mistake::ExecuteDisableIgnored,
         Mistake::DirtyForgotten,
-        Mistake::AccessedForgotten,
+        Mistake::DirtyByReads,
     ];
 
     fn read(self, entry: u64, bytes: u8) -> u64 {
@@ -44,11 +44,12 @@ impl Mistake {
         }
     }
 
-    fn flags(self) -> u64 {
+    /// Of the flags that a translation sets, those that are set.
+    fn flags(self, set: u64) -> u64 {
         match self {
-            Mistake::DirtyForgotten => A,
-            Mistake::AccessedForgotten => D,
-            _ => A | D,
+            Mistake::DirtyForgotten => set & A,
+            Mistake::DirtyByReads => D | A,
+            _ => set & (A | D),
         }
     }
 }
@@ -77,28 +78,48 @@ impl Ram for Eyes<'_> {
     fn set_entry(&mut self, address: u64, bytes: u8, value: u64) {
         if !self.blind {
             let now = self.image.get(address, bytes);
-            self.image.set(address, bytes, now | value & self.mistake.flags());
+            self.image.set(address, bytes, now | self.mistake.flags(value));
         }
     }
 }
 
-/// An entry whose accessed flag may be set though no access got through it.
-pub(crate) type Open = (u64, u8);
+/// Which entries of walks that ended in a fault may have their accessed flags set, by physical address.
+///
+/// SDM Vol. 3 §4.8, "whenever the processor uses a paging-structure entry as part of linear-address translation, it sets the
+/// accessed flag in that entry", leaves open whether a translation that ends in a fault has used the entries before the one it
+/// ended at, or, where the rights refuse it, all of them. Processors set the flags of upper entries; KVM's walker sets
+/// none. An entry with a reserved bit translates nothing (§4.7), so that its own flag is not open.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Left {
+    /// May be set.
+    pub open: Vec<u64>,
+    /// Must not be set on account of this walk.
+    pub refused: Vec<u64>,
+}
 
-/// Expects an access, in order: what it changes is changed in `image`. Entries whose accessed flag the access leaves open
-/// go into `open`.
+impl Left {
+    fn learn(&mut self, visit: &Visit) {
+        let entries = visit.entries();
+        let used = if visit.end.is_ok() { entries.len() } else { entries.len().saturating_sub(1) };
+        self.open.extend(entries[..used].iter().map(|entry| entry.address));
+        self.refused.extend(entries[used..].iter().map(|entry| entry.address));
+    }
+}
+
+/// Expects an access, in order: what it changes is changed in `image`. What it leaves open goes into
+/// `left`.
 pub(crate) fn expect(
     cpu: &Cpu,
     image: &mut Image,
     touch: &Touch,
     bytes: u8,
     mistake: Mistake,
-    open: &mut Vec<Open>,
+    left: &mut Left,
 ) -> Expected {
     let mut eyes = Eyes { image, mistake, blind: true };
     let (outcome, _) = translate(cpu, &mut eyes, touch.linear, &touch.access);
     let Outcome::Page { physical, .. } = outcome else {
-        open.extend(left_open(&visit(cpu, &eyes, touch.linear)));
+        left.learn(&visit(cpu, &eyes, touch.linear));
         let Outcome::Fault(code) = outcome else { unreachable!("an outcome is a page or a fault") };
         return Expected::Fault(code);
     };
@@ -112,14 +133,4 @@ pub(crate) fn expect(
         }
         AccessKind::Execute => Expected::Done(landed(image.get(physical, 8)).unwrap_or(u64::MAX)),
     }
-}
-
-/// SDM Vol. 3 §4.8: "whenever the processor uses a paging-structure entry as part of linear-address translation, it sets the
-/// accessed flag in that entry" leaves open whether a translation that ends in a fault has used the entries before, or, where
-/// the rights refuse it, all of them. Processors set the flags of upper entries; KVM's walker sets none.
-fn left_open(visit: &Visit) -> impl Iterator<Item = Open> {
-    let entries = visit.entries();
-    let used = if visit.end.is_ok() { entries.len() } else { entries.len().saturating_sub(1) };
-    let entries: Vec<_> = entries[..used].iter().map(|entry| (entry.address, entry.bytes)).collect();
-    entries.into_iter()
 }

@@ -143,7 +143,9 @@ impl fmt::Display for Walker {
         f.write_str(match self {
             Self::Ept => "the processor's own page walker (KVM with EPT)",
             Self::Npt => "the processor's own page walker (KVM with NPT)",
-            Self::KvmShadows => "the page walker of the host's KVM (kvm_intel or kvm_amd without nested paging)",
+            Self::KvmShadows => {
+                "the page walker of the host's KVM (kvm_intel or kvm_amd without nested paging)"
+            }
             Self::KvmShadowsByItself => "the page walker of the host's KVM (kvm_pvm, without VT-x or SVM)",
             Self::Unknown => "a KVM that does not say who walks tables",
         })

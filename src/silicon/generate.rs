@@ -135,9 +135,8 @@ impl Space {
         let data = frames.split_off(frames.len() - 12);
         // The top level has one table, the others up to three.
         let depth = levels(mode).len();
-        let mut tables: Vec<Vec<u64>> = (1..depth)
-            .map(|_| frames.split_off(frames.len() - rng.random_range(1..4)))
-            .collect();
+        let mut tables: Vec<Vec<u64>> =
+            (1..depth).map(|_| frames.split_off(frames.len() - rng.random_range(1..4))).collect();
         tables.push(frames.split_off(frames.len() - 1));
         let root = tables[depth - 1][0];
         let kept_indexes: Vec<u64> = kept.iter().map(|entry| entry.0).collect();
@@ -239,7 +238,7 @@ impl Format<'_> {
         let target = if large {
             self.large(rng, level)
         } else {
-            let frame = match rng.random_range(0..20) {
+            let frame = match rng.random_range(0..28) {
                 // A table of any level, or data where a table should be.
                 0 => self.tables.choose(rng).and_then(|of_level| of_level.choose(rng)),
                 1 => self.data.choose(rng),
@@ -272,7 +271,9 @@ impl Format<'_> {
         // Bits between the flags and the address: PAT at bit 12, the rest reserved, or PSE-36's address bits 39:32.
         let low = if one_in(rng, 12) { 1 << rng.random_range(12..shift) } else { 0 };
         let high = match self.alias {
-            Some(alias) if self.mode == PagingMode::Bits32 && self.pse36 && one_in(rng, 2) => alias >> 32 << 13,
+            Some(alias) if self.mode == PagingMode::Bits32 && self.pse36 && one_in(rng, 2) => {
+                alias >> 32 << 13
+            }
             _ => 0,
         };
         let base = self.somewhere(rng, base);
@@ -282,7 +283,7 @@ impl Format<'_> {
     fn flags(&self, rng: &mut Chance, level: usize, large: bool) -> u64 {
         let mut flags = 0;
         // Of so many entries, how many have the bit: the rights of a walk are those of all its entries together.
-        for (bit, of_64) in [(P, 61), (W, 57), (U, 59), (A, 30), (D, 24), (1 << 3, 6), (1 << 4, 6)] {
+        for (bit, of_64) in [(P, 62), (W, 60), (U, 61), (A, 30), (D, 24), (1 << 3, 6), (1 << 4, 6)] {
             if rng.random_range(0..64) < of_64 {
                 flags |= bit;
             }
@@ -307,7 +308,7 @@ impl Format<'_> {
                 flags |= u64::from(rng.random_range(0..15_u8)) << 59;
             }
         }
-        if self.mode != PagingMode::Bits32 && self.cpu.nxe && one_in(rng, 10) {
+        if self.mode != PagingMode::Bits32 && self.cpu.nxe && one_in(rng, 12) {
             flags |= NX;
         }
         flags
@@ -315,7 +316,7 @@ impl Format<'_> {
 
     /// Now and then a bit that is reserved, here or in some entry.
     fn out_of_order(&self, rng: &mut Chance) -> u64 {
-        if !one_in(rng, 30) {
+        if !one_in(rng, 50) {
             return 0;
         }
         match rng.random_range(0..4) {
@@ -327,4 +328,3 @@ impl Format<'_> {
         }
     }
 }
-

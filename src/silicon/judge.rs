@@ -1,10 +1,11 @@
 //! Expectation against answer, and the memory afterwards.
 
 use crate::batch::{Answer, Touch};
-use crate::expect::{Expected, Open};
+use crate::expect::{Expected, Left};
 use crate::generate::Space;
 use crate::memory::{A, Image};
 use crate::shadowed::Promise;
+use mmu::PagingMode;
 use std::collections::BTreeSet;
 
 /// Something that the reference and the vCPU do not agree on.
@@ -48,9 +49,7 @@ pub enum Disagreement {
 /// Whether an answer is what was expected; of a word that was read, the bits `open` may be either.
 pub(crate) fn agrees(expected: Expected, got: Answer, linear: u64, open: u64) -> bool {
     match (expected, got) {
-        (Expected::Done(expected), Answer::Done(got)) => {
-            (expected ^ got) & !open == 0
-        }
+        (Expected::Done(expected), Answer::Done(got)) => (expected ^ got) & !open == 0,
         (Expected::Fault(expected), Answer::Fault { code, cr2 }) => expected == code && cr2 == linear,
         _ => false,
     }
@@ -72,19 +71,19 @@ pub(crate) fn compare_memory(
     expected: &Image,
     got: &Image,
     entry_bytes: u8,
-    open: &[Open],
+    left: &Left,
     flags: &mut OpenFlags,
 ) -> Vec<Disagreement> {
-    let open: BTreeSet<(u64, u64)> = open
-        .iter()
-        .filter_map(|&(address, _)| Some((expected.frame_of(address)?, address & 0xfff)))
-        .collect();
+    let open = places(expected, &left.open);
+    let refused = places(expected, &left.refused);
     let mut found = Vec::new();
     for ((frame, want), (_, have)) in expected.frames().zip(got.frames()) {
         if want == have {
             continue;
         }
         let is_table = space.tables.contains(&frame);
+        // The PDPTEs of PAE paging have no accessed flag: bit 5 is reserved (table 4-8).
+        let speculates = is_table && !(space.mode == PagingMode::Pae && space.cpu.cr3 >> 12 == frame);
         for word in 0..512 {
             let (want, have) = (want[word], have[word]);
             let at = word as u64 * 8;
@@ -93,14 +92,16 @@ pub(crate) fn compare_memory(
             for half in 0..u64::from(8 / entry_bytes) {
                 let shift = half * 32;
                 let extra = have >> shift & !(want >> shift) & A != 0;
-                if !is_table || !extra || want >> shift & 1 == 0 {
+                if !extra || want >> shift & 1 == 0 {
                     continue;
                 }
-                permitted |= A << shift;
-                if open.contains(&(frame, at + half * 4)) {
+                let place = (frame, at + half * 4);
+                if open.contains(&place) {
                     flags.of_faulting_walks += 1;
-                } else {
+                    permitted |= A << shift;
+                } else if speculates && !refused.contains(&place) {
                     flags.of_speculation += 1;
+                    permitted |= A << shift;
                 }
             }
             if permitted != have {
@@ -111,4 +112,9 @@ pub(crate) fn compare_memory(
         }
     }
     found
+}
+
+/// Frames and offsets of entries.
+fn places(image: &Image, entries: &[u64]) -> BTreeSet<(u64, u64)> {
+    entries.iter().filter_map(|&address| Some((image.frame_of(address)?, address & 0xfff))).collect()
 }

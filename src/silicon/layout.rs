@@ -65,8 +65,7 @@ impl Home {
             PagingMode::Pae => (STUB_PHYSICAL, 2 << 20),
             _ => (STUB_PHYSICAL, 4 << 20),
         };
-        let home =
-            Self { stub: Stub::new(bits), memory, mode, supervisor, user: supervisor + large };
+        let home = Self { stub: Stub::new(bits), memory, mode, supervisor, user: supervisor + large };
         home.memory.write(Hpa(0), &home.stub.code);
         home.write_descriptors();
         match bits {
@@ -116,7 +115,7 @@ impl Home {
     /// 32-bit paging has the user's view behind an entry of its own.
     pub fn user_entry(&self) -> Option<(u64, u64)> {
         (self.mode == PagingMode::Bits32)
-            .then_some((0x381, STUB_PHYSICAL + TABLES + 0x1000 | P | W | U | A))
+            .then_some((0x381, (STUB_PHYSICAL + TABLES + 0x1000) | P | W | U | A))
     }
 
     /// All entries of the top table that belong to the stub.
@@ -139,6 +138,14 @@ impl Home {
             };
         }
         self.supervisor + begin
+    }
+
+    /// The last words of the stack, for a stub that went astray.
+    pub fn stack(&self) -> [u64; 10] {
+        std::array::from_fn(|nth| {
+            let at = Hpa(STACK_TOP - 80 + nth as u64 * 8);
+            self.memory.read_u64(at).unwrap_or_default()
+        })
     }
 
     fn put(&self, at: u64, value: u64) {
@@ -203,7 +210,7 @@ impl Home {
 
     fn write_tables(&self) {
         let physical = STUB_PHYSICAL + TABLES;
-        let link = |frame: u64| physical + frame * 0x1000 | P | W | U | A;
+        let link = |frame: u64| (physical + frame * 0x1000) | P | W | U | A;
         // The frame, among the tables, of the page table of each view, and what leads there.
         let views = match self.mode {
             PagingMode::Level5 => {
@@ -245,7 +252,7 @@ impl Home {
         };
         // In the modes that know no keys the bits are ignored (4-level without CR4.PKE) or do not exist.
         let key = if user && self.bits() == Bits::Bits64 { u64::from(STUB_KEY) << PKEY_SHIFT } else { 0 };
-        Some(STUB_PHYSICAL + (frame << 12) | P | A | D | rights | key)
+        Some((STUB_PHYSICAL + (frame << 12)) | P | A | D | rights | key)
     }
 
     fn put_entry(&self, table: u64, index: u64, entry: u64) {

@@ -60,9 +60,7 @@ impl Oracle {
             libc::EACCES | libc::EPERM => Unavailable::Permission,
             _ => Unavailable::Open(error.into()),
         })?;
-        for (cap, name) in
-            [(Cap::UserMemory, "KVM_CAP_USER_MEMORY"), (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID")]
-        {
+        for (cap, name) in [(Cap::UserMemory, "KVM_CAP_USER_MEMORY"), (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID")] {
             if !kvm.check_extension(cap) {
                 return Err(Unavailable::Missing(name));
             }
@@ -167,7 +165,8 @@ fn modes(kvm: &Kvm, features: &Features) -> Result<Vec<PagingMode>, Unavailable>
             la57: mode == PagingMode::Level5,
             ..Cpu::default()
         };
-        let vm = Vm::new(kvm, features, mode).map_err(|error| Unavailable::Refused(io::Error::other(error)))?;
+        let vm =
+            Vm::new(kvm, features, mode).map_err(|error| Unavailable::Refused(io::Error::other(error)))?;
         if vm.takes(&cpu.state()) {
             modes.push(mode);
         }

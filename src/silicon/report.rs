@@ -54,6 +54,8 @@ pub struct Outcome {
     pub codes: BTreeMap<u32, u64>,
     /// Accessed flags that no access demanded.
     pub open: OpenFlags,
+    /// What shadow tables owed: an access let through, the guest's own fault, a fault that the backend wants.
+    pub promises: [u64; 3],
     /// Cases with differences.
     pub differing: u64,
     /// The first of them.
@@ -70,6 +72,7 @@ impl Outcome {
             tally: Tally::new(),
             codes: BTreeMap::new(),
             open: OpenFlags::default(),
+            promises: [0; 3],
             differing: 0,
             differences: Vec::new(),
         }
@@ -114,6 +117,9 @@ impl Outcome {
         for (code, count) in other.codes {
             *self.codes.entry(code).or_default() += count;
         }
+        for (sum, more) in self.promises.iter_mut().zip(other.promises) {
+            *sum += more;
+        }
         self.open.of_faulting_walks += other.open.of_faulting_walks;
         self.open.of_speculation += other.open.of_speculation;
         self.differing += other.differing;
@@ -123,7 +129,14 @@ impl Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "silicon: seed {}, {} cases, {} accesses, {} of them faults", self.seed, self.cases, self.accesses(), self.faults())?;
+        writeln!(
+            f,
+            "silicon: seed {}, {} cases, {} accesses, {} of them faults",
+            self.seed,
+            self.cases,
+            self.accesses(),
+            self.faults()
+        )?;
         writeln!(f, "  who answered: {}", self.walker)?;
         if !self.absent.is_empty() {
             writeln!(f, "  not covered, because the vCPU has it not: {}", self.absent.join(", "))?;
@@ -140,6 +153,11 @@ impl fmt::Display for Outcome {
             f,
             "  accessed flags that no access demanded: {} of walks that faulted, {} of speculation",
             self.open.of_faulting_walks, self.open.of_speculation
+        )?;
+        let [through, guest, kept] = self.promises;
+        writeln!(
+            f,
+            "  shadow tables owed {through} accesses let through, {guest} faults of the guest's own, {kept} for the backend"
         )?;
         write!(f, "  cases with differences: {}", self.differing)?;
         for difference in &self.differences {

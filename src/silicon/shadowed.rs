@@ -9,7 +9,7 @@
 use crate::batch::{Answer, Bits, Touch};
 use crate::error::Error;
 use crate::examine::Examination;
-use crate::expect::{Expected, Mistake, expect};
+use crate::expect::{Expected, Left, Mistake, expect};
 use crate::features::Features;
 use crate::generate::{BANK_FRAMES, Chance, Space, one_in};
 use crate::judge::Disagreement;
@@ -17,11 +17,12 @@ use crate::memory::{A, D, Image};
 use crate::oracle::Oracle;
 use crate::report::{Outcome, Tables};
 use crate::touches::choose;
-use guestmem::{Backing, Gfn, Gpa, Gva, GuestMemory, HostMemory, Hpa, MemoryConfig, Policy, RegionConfig, RegionKind};
-use mmu::paging::bits::CR3_PCID;
+use guestmem::{
+    Backing, Gfn, Gpa, GuestMemory, Gva, HostMemory, Hpa, MemoryConfig, Policy, RegionConfig, RegionKind,
+};
 use mmu::{
-    Access, AccessKind, CpuId, Fault, FaultKind, MmuBackend, PagingMode, PagingState, PfCode, Privilege, Resolution,
-    TableRoot,
+    Access, AccessKind, CpuId, Fault, FaultKind, MmuBackend, PagingMode, PagingState, PfCode, Privilege,
+    Resolution, TableRoot,
 };
 use rand::RngExt;
 use reference::{Cpu, Outcome as Walked, Ram, translate, visit};
@@ -94,12 +95,14 @@ impl Guest {
         };
         let len = GUEST_BANKS * BANK_FRAMES * 4096;
         let regions = vec![RegionConfig { base: Gpa(0), len, kind: RegionKind::Ram }];
-        let memory = Arc::new(GuestMemory::new(&MemoryConfig { regions, policy, table_frames: TABLE_FRAMES })?);
+        let memory =
+            Arc::new(GuestMemory::new(&MemoryConfig { regions, policy, table_frames: TABLE_FRAMES })?);
         for (frame, words) in space.image.frames() {
             let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
             memory.write(Gfn(frame).base(), &bytes)?;
         }
-        let options = Options { large_pages: !one_in(rng, 3), mmio_markers: !one_in(rng, 4), ..Options::default() };
+        let options =
+            Options { large_pages: !one_in(rng, 3), mmio_markers: !one_in(rng, 4), ..Options::default() };
         let mut mmu = ShadowMmu::new(memory.clone(), options);
         let state = space.cpu.state();
         let id = mmu.add_cpu(&state)?;
@@ -132,8 +135,7 @@ impl Guest {
     /// Lets the backend answer the faults of an access until it is mapped or stays a fault.
     fn fill(&mut self, cpu: &Cpu, touch: &Touch) -> Result<Fill, Error> {
         for _ in 0..ROUNDS {
-            let (walked, _) =
-                translate(cpu, &mut Tables4(self.memory.host()), touch.linear, &touch.access);
+            let (walked, _) = translate(cpu, &mut Tables4(self.memory.host()), touch.linear, &touch.access);
             let Walked::Fault(code) = walked else { return Ok(Fill::Mapped) };
             let kind = FaultKind::Page(PfCode::from_bits_truncate(code));
             let fault = Fault { gva: Gva(touch.linear), access: touch.access, kind };
@@ -163,6 +165,47 @@ impl Guest {
         let (data, indexes, top_indexes) = (Vec::new(), Vec::new(), Vec::new());
         let (mode, amd, upper_half) = (PagingMode::Level4, features.amd, features.upper_half);
         Ok(Space { mode, cpu, image, tables, data, indexes, top_indexes, amd, upper_half })
+    }
+
+    /// The accesses of the case, at CPL 3 and, now and then, at CPL 0: but not while CR0.WP = 0, when a page that users may
+    /// read changes hands between them and the supervisor, so that the tables are not all that they were filled for.
+    fn choose(&self, rng: &mut Chance, features: &Features) -> Vec<Vec<Touch>> {
+        let bytes = Bits::Bits64.access_bytes();
+        let mut image = self.space.image.clone();
+        let mut user = choose(rng, &self.space, &mut image, Privilege::User, bytes);
+        if features.maxphyaddr < 52 {
+            user.extend(self.device_touches(rng));
+        }
+        let mut batches = vec![user];
+        if self.space.cpu.wp && one_in(rng, 4) {
+            batches.push(choose(rng, &self.space, &mut image, Privilege::Supervisor, bytes));
+        }
+        batches
+    }
+
+    /// Lets the backend fill its tables for the accesses, and says what they owe.
+    fn promises(
+        &mut self,
+        cpu: &Cpu,
+        batches: &[Vec<Touch>],
+        mistake: Mistake,
+    ) -> Result<Vec<Promise>, Error> {
+        let bytes = Bits::Bits64.access_bytes();
+        let mut model = self.space.image.clone();
+        let mut expected = Vec::new();
+        for touch in batches.iter().flatten() {
+            let left = &mut Left::default();
+            expected.push(expect(&self.space.cpu, &mut model, touch, bytes, mistake, left));
+        }
+        // Twice: what an access fills may take a right from one before (a frame that turns out to be a table).
+        let mut fills = Vec::new();
+        for _ in 0..2 {
+            fills.clear();
+            for touch in batches.iter().flatten() {
+                fills.push(self.fill(cpu, touch)?);
+            }
+        }
+        Ok(expected.into_iter().zip(fills).map(|(expected, fill)| promise(expected, fill)).collect())
     }
 
     /// Accesses to device pages: what the guest's tables permit, where no memory is.
@@ -205,50 +248,37 @@ impl Oracle {
     ) -> Result<Option<(Space, Vec<Disagreement>)>, Error> {
         let (features, mistake) = (self.features.clone(), self.mistake);
         let mut guest = Guest::random(rng, &features)?;
-        let bytes = Bits::Bits64.access_bytes();
-        let mut image = guest.space.image.clone();
-        let mut touches = choose(rng, &guest.space, &mut image, Privilege::User, bytes);
-        if features.maxphyaddr < 52 {
-            touches.extend(guest.device_touches(rng));
-        }
-        let mut model = guest.space.image.clone();
-        let expected: Vec<_> = touches
-            .iter()
-            .map(|touch| expect(&guest.space.cpu, &mut model, touch, bytes, mistake, &mut Vec::new()))
-            .collect();
+        let batches = guest.choose(rng, &features);
         let cpu = guest.shadow_cpu(&features);
-        // Twice: what an access fills may take a right from one before (a frame that turns out to be a table).
-        let mut fills = Vec::new();
-        for _ in 0..2 {
-            fills = touches.iter().map(|touch| guest.fill(&cpu, touch)).collect::<Result<_, _>>()?;
-        }
-        let promises: Vec<_> = expected.iter().zip(fills).map(|(&expected, fill)| promise(expected, fill)).collect();
+        let promises = guest.promises(&cpu, &batches, mistake)?;
         let vm = self.shadowing()?;
         vm.show_guest(guest.memory.clone(), TABLE_FRAMES)?;
         let stub = vm.home.top_entry();
-        guest.plant(cpu.cr3 & !CR3_PCID, stub);
+        guest.plant(cpu.cr3, stub);
         let space = guest.shadow_space(cpu, &features)?;
         let tables = Tables::Shadow(guest.space.mode);
         let mut examination = Examination::new(&space, guest.memory.host(), Mistake::None, tables);
-        let answers = examination.batch(vm, &touches, outcome)?;
+        let mut answers = Vec::new();
+        for touches in &batches {
+            answers.extend(examination.batch(vm, touches, outcome)?);
+        }
         let mut found = examination.finish(outcome);
-        guest.plant(cpu.cr3 & !CR3_PCID, (stub.0, 0));
-        for (nth, touch) in touches.iter().enumerate() {
-            let open = if guest.reads_a_table(touch) { A | D | (A | D) << 32 } else { 0 };
-            if !keeps(promises[nth], answers[nth], open) {
-                found.push(Disagreement::Promise { nth, touch: *touch, promise: promises[nth], got: answers[nth] });
+        guest.plant(cpu.cr3, (stub.0, 0));
+        for (nth, (touch, promise)) in batches.iter().flatten().zip(promises).enumerate() {
+            outcome.promises[match promise {
+                Promise::Value(_) => 0,
+                Promise::GuestFault => 1,
+                Promise::Kept => 2,
+            }] += 1;
+            // The backend has set the flags of all accesses before the first is made.
+            let open =
+                if guest.space.reads_a_table(&guest.space.image, touch) { (A | D) << 32 | A | D } else { 0 };
+            let got = answers[nth];
+            if !keeps(promise, got, open) {
+                found.push(Disagreement::Promise { nth, touch: *touch, promise, got });
             }
         }
         Ok((!found.is_empty()).then_some((space, found)))
-    }
-}
-
-impl Guest {
-    /// The backend has set the flags of all accesses before the first is made.
-    fn reads_a_table(&self, touch: &Touch) -> bool {
-        let Ok(leaf) = visit(&self.space.cpu, &self.space.image, touch.linear).end else { return false };
-        let physical = leaf.physical | touch.linear & (leaf.page_size - 1);
-        self.space.image.frame_of(physical).is_some_and(|frame| self.space.tables.contains(&frame))
     }
 }
 

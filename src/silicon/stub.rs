@@ -1,4 +1,7 @@
-#![allow(unsafe_code, reason = "the stubs are assembled into this program, and their bytes are read from there")]
+#![allow(
+    unsafe_code,
+    reason = "the stubs are assembled into this program, and their bytes are read from there"
+)]
 //! The stubs: what a vCPU executes to make accesses, in 64-bit and in 32-bit code.
 //!
 //! A list of accesses is done by the vCPU alone. A loop at CPL 3 or CPL 0 reads a question, touches memory and notes what

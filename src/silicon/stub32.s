@@ -11,14 +11,18 @@ antumbra_stub32:
     .long vectors32 - antumbra_stub32
     .long start32 - antumbra_stub32
 
+# EBP is the first question in the supervisor's view. Global translations are forgotten one by one: a change of CR4.PGE would
+# also load the PDPTEs of PAE paging anew.
 start32:
-    mov eax, cr4
-    mov ecx, eax
-    xor ecx, 0x80
-    mov cr4, ecx
-    mov cr4, eax
     mov eax, cr3
     mov cr3, eax
+1:
+    mov eax, [ebp]
+    invlpg [eax]
+    mov ecx, [ebp + 8]
+    add ebp, 32
+    cmp ecx, 3
+    jne 1b
     iretd
 
 .balign 16

@@ -6,7 +6,7 @@
 //! [`reference::Tlb`]'s subject). Reads of tables through tables are made.
 
 use crate::batch::Touch;
-use crate::expect::{Expected, Mistake, expect};
+use crate::expect::{Expected, Left, Mistake, expect};
 use crate::generate::{Chance, Space, one_in};
 use crate::memory::{Image, landed, landing, written_id};
 use mmu::{Access, AccessKind, PagingMode, Privilege};
@@ -44,7 +44,7 @@ pub(crate) fn choose(
         let access = Access { kind, privilege, ac };
         let touch = Touch { linear: aimed(rng, space, image, linear), access, value };
         let Some(touch) = fit(space, image, touch) else { continue };
-        let expected = expect(&space.cpu, image, &touch, bytes, Mistake::None, &mut Vec::new());
+        let expected = expect(&space.cpu, image, &touch, bytes, Mistake::None, &mut Left::default());
         touches.push(touch);
         if one_in(rng, 16) && matches!(expected, Expected::Done(_)) && touches.len() < WANTED {
             // The same again: what a TLB remembers must not matter.
@@ -91,6 +91,14 @@ fn fit(space: &Space, image: &Image, touch: Touch) -> Option<Touch> {
 }
 
 impl Space {
+    /// Whether the access goes to a table, by the tables as they are in `image`.
+    pub fn reads_a_table(&self, image: &Image, touch: &Touch) -> bool {
+        visit(&self.cpu, image, touch.linear).end.is_ok_and(|leaf| {
+            let physical = leaf.physical | touch.linear & (leaf.page_size - 1);
+            image.frame_of(physical).is_some_and(|frame| self.tables.contains(&frame))
+        })
+    }
+
     /// An address that the host keeps from CPL 3.
     fn is_barred(&self, touch: &Touch) -> bool {
         !self.upper_half && touch.linear >> 63 == 1 && touch.access.is_user()
@@ -108,5 +116,10 @@ fn open_to_vendors(space: &Space, visit: &reference::Visit) -> bool {
     let last = visit.entries().len().saturating_sub(1);
     let leads_on = |nth: usize| nth < last || visit.end.is_err();
     space.amd
-        && visit.entries().iter().take(above).enumerate().any(|(nth, e)| leads_on(nth) && e.raw & 0x101 == 0x101)
+        && visit
+            .entries()
+            .iter()
+            .take(above)
+            .enumerate()
+            .any(|(nth, e)| leads_on(nth) && e.raw & 0x101 == 0x101)
 }

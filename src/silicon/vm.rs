@@ -60,7 +60,8 @@ impl Vm {
         let alias = alias(features.maxphyaddr);
         let watchdog = Watchdog::new();
         let offers_keys = features.keys;
-        let vm = Self { vcpu, fd, home, object: None, pieces: Vec::new(), alias, watchdog, initial, offers_keys };
+        let vm =
+            Self { vcpu, fd, home, object: None, pieces: Vec::new(), alias, watchdog, initial, offers_keys };
         vm.slot(STUB_SLOT, STUB_PHYSICAL, vm.home.memory(), 0, STUB_FRAMES * PAGE_SIZE)?;
         Ok(vm)
     }
@@ -146,36 +147,41 @@ impl Vm {
             rsi: view + questions.0,
             rdi: view + answers.0,
             rbx: view + self.home.stub.landed,
+            rbp: self.home.supervisor + questions.0,
             r8: u64::from(state.pkru & !(3 << (2 * STUB_KEY))),
             ..kvm_regs::default()
         };
         self.vcpu.set_regs(&regs).map_err(doing("setting the vCPU's registers"))?;
-        self.run_to_the_end()?;
+        self.run_to_the_end(state)?;
         Ok(batch::answers(self.home.memory(), answers, touches.len()))
     }
 
-    fn run_to_the_end(&mut self) -> Result<(), Error> {
+    fn run_to_the_end(&mut self, state: &PagingState) -> Result<(), Error> {
         let vcpu = &mut self.vcpu;
-        let (exit, late) = self.watchdog.watch(LIMIT, || loop {
-            match vcpu.run() {
-                Ok(VcpuExit::IoOut(FINISHED_PORT, _)) => return Ok(()),
-                Ok(exit) => return Err(format!("it ended with {exit:?}")),
-                Err(error) if error.errno() == libc::EAGAIN => {}
-                Err(error) if error.errno() == libc::EINTR => return Err("it was interrupted".to_owned()),
-                Err(error) => return Err(format!("KVM_RUN failed: {error}")),
+        let (exit, late) = self.watchdog.watch(LIMIT, || {
+            loop {
+                match vcpu.run() {
+                    Ok(VcpuExit::IoOut(FINISHED_PORT, _)) => return Ok(()),
+                    Ok(exit) => return Err(format!("it ended with {exit:?}")),
+                    Err(error) if error.errno() == libc::EAGAIN => {}
+                    Err(error) if error.errno() == libc::EINTR => return Err("it was interrupted".to_owned()),
+                    Err(error) => return Err(format!("KVM_RUN failed: {error}")),
+                }
             }
         });
         match exit {
             Ok(()) => Ok(()),
-            Err(what) if late => Err(self.astray(format!("it took longer than {LIMIT:?}; {what}"))),
-            Err(what) => Err(self.astray(what)),
+            Err(what) if late => Err(self.astray(format!("it took longer than {LIMIT:?}; {what}"), state)),
+            Err(what) => Err(self.astray(what, state)),
         }
     }
 
-    fn astray(&self, what: String) -> Error {
+    fn astray(&self, what: String, state: &PagingState) -> Error {
+        let stack = self.home.stack();
         let state = match (self.vcpu.get_regs(), self.vcpu.get_sregs()) {
             (Ok(regs), Ok(sregs)) => format!(
-                "{regs:x?} CS {:#x} CR0 {:#x} CR2 {:#x} CR3 {:#x} CR4 {:#x} EFER {:#x}",
+                "{regs:x?} CS {:#x} CR0 {:#x} CR2 {:#x} CR3 {:#x} CR4 {:#x} EFER {:#x}; the stack ends with {stack:x?}; \
+                 {state:x?}",
                 sregs.cs.selector, sregs.cr0, sregs.cr2, sregs.cr3, sregs.cr4, sregs.efer
             ),
             _ => "its registers cannot be read".to_owned(),
