@@ -27,6 +27,16 @@ pub enum Unavailable {
 /// What went wrong while the oracle was asked. None of these is a difference.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A case could not be brought to its end.
+    #[error("running case {case} of seed {seed} failed: {source}")]
+    Case {
+        /// The seed.
+        seed: u64,
+        /// The case.
+        case: u64,
+        /// What went wrong.
+        source: Box<Error>,
+    },
     /// KVM refused something.
     #[error("{doing} failed: {source}")]
     Kvm {

@@ -21,6 +21,8 @@ pub struct Features {
     pub smep: bool,
     /// CR4.SMAP.
     pub smap: bool,
+    /// CR4.PCIDE.
+    pub pcid: bool,
     /// CR4.PKE.
     pub keys: bool,
     /// CR4.LA57.
@@ -47,7 +49,7 @@ impl Features {
         };
         let bit = |register: u32, n: u32| register >> n & 1 == 1;
         let [_, vendor, ..] = leaf(0);
-        let [_, _, _, edx1] = leaf(1);
+        let [_, _, ecx1, edx1] = leaf(1);
         let [_, ebx7, ecx7, _] = leaf(7);
         let [_, _, _, extended] = leaf(0x8000_0001);
         let [widths, ..] = leaf(0x8000_0008);
@@ -63,6 +65,7 @@ impl Features {
             nx: bit(extended, 20),
             smep: bit(ebx7, 7),
             smap: bit(ebx7, 20),
+            pcid: bit(ecx1, 17),
             keys: bit(ecx7, 3),
             la57: bit(ecx7, 16),
             pse36: bit(edx1, 17),
@@ -83,6 +86,7 @@ impl Features {
             (takes(PagingMode::Pae), "PAE paging"),
             (takes(PagingMode::Level5), "5-level paging"),
             (self.upper_half, "the upper half of linear addresses at CPL 3"),
+            (self.pcid, "PCIDs"),
             (self.keys, "protection keys"),
             (self.page1gb, "1 GiB pages"),
             (self.nx, "execute-disable"),

@@ -6,10 +6,11 @@
 //! guest tables in every format that the vCPU has, and the shadow tables that the shadow backend builds for such guests,
 //! whose root is loaded as it is: an HPA is a physical address of the vCPU. The report says who answered ([`Walker`]).
 //!
-//! In reading order: `generate` (tables), `touches` (accesses), `expect` (what the reference says), `vm` with `layout`, `stub`
+//! In reading order: `generate` and `entries` (tables), `touches` (accesses), `expect` (what the reference says), `vm` with `layout`, `stub`
 //! and `batch` (making the accesses), `judge` (the comparison), `oracle` (all of it), `shadowed` (shadow tables), `report`.
 
 mod batch;
+mod entries;
 mod error;
 mod examine;
 mod expect;

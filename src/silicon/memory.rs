@@ -70,11 +70,6 @@ impl Image {
         Self { alias, ..Self::default() }
     }
 
-    /// The object is there once only.
-    pub fn forget_alias(&mut self) {
-        self.alias = None;
-    }
-
     /// Adds a frame of zeros.
     pub fn add_table(&mut self, frame: u64) {
         self.frames.insert(frame, Box::new([0; WORDS]));

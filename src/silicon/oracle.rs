@@ -4,11 +4,11 @@ use crate::error::{Error, Unavailable};
 use crate::examine::Examination;
 use crate::expect::Mistake;
 use crate::features::{Features, Walker};
-use crate::generate::{BANK_FRAMES, BANKS, Chance, Space, chance};
+use crate::generate::{BANK_FRAMES, BANKS, Chance, Ground, Space, chance};
 use crate::judge::Disagreement;
 use crate::report::{Difference, Outcome, Tables};
 use crate::touches::choose;
-use crate::vm::Vm;
+use crate::vm::{Vm, alias};
 use guestmem::HostMemory;
 use kvm_ioctls::{Cap, Kvm};
 use mmu::{PagingMode, Privilege};
@@ -94,10 +94,11 @@ impl Oracle {
         for case in cases {
             let mut rng = chance(seed, case);
             let found = if case % 4 == 3 {
-                self.shadow_case(&mut rng, &mut outcome)?
+                self.shadow_case(&mut rng, &mut outcome)
             } else {
-                self.guest_case(&mut rng, case, &mut outcome)?
+                self.guest_case(&mut rng, case, &mut outcome)
             };
+            let found = found.map_err(|source| Error::Case { seed, case, source: Box::new(source) })?;
             outcome.cases += 1;
             if let Some((space, found)) = found {
                 outcome.differing += 1;
@@ -139,7 +140,14 @@ impl Oracle {
         let bank = case % BANKS;
         let machine = self.machine(mode)?;
         machine.take_bank(bank)?;
-        let space = Space::random(rng, &features, mode, bank, &machine.vm.home.kept());
+        let alias = match mode {
+            // 4 MiB pages can name what lies above 4 GiB, the other entries of 32-bit paging cannot.
+            PagingMode::Bits32 if !features.pse36 => None,
+            _ => alias(features.maxphyaddr),
+        };
+        let kept = machine.vm.home.kept();
+        let ground = Ground { features: &features, mode, bank, alias, device: None, kept: &kept };
+        let space = Space::random(rng, &ground);
         let mut examination = Examination::new(&space, &machine.object, mistake, Tables::Guest(mode));
         let mut chosen = space.image.clone();
         let bytes = machine.vm.home.bits().access_bytes();

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::examine::Examination;
 use crate::expect::{Expected, Left, Mistake, expect};
 use crate::features::Features;
-use crate::generate::{BANK_FRAMES, Chance, Space, one_in};
+use crate::generate::{BANK_FRAMES, Chance, Ground, Space, one_in};
 use crate::judge::Disagreement;
 use crate::memory::{A, D, Image};
 use crate::oracle::Oracle;
@@ -81,13 +81,14 @@ impl Guest {
     fn random(rng: &mut Chance, features: &Features) -> Result<Self, Error> {
         // What the guest has is the backend's business, but for what the hardware must check.
         let offered = Features { maxphyaddr: 46, page1gb: true, amd: false, pse36: true, ..features.clone() };
-        let mode = [PagingMode::Level4, PagingMode::Pae, PagingMode::Bits32][rng.random_range(0..3)];
+        let modes = [PagingMode::Level4, PagingMode::Pae, PagingMode::Bits32];
+        let mode = modes[rng.random_range(0..modes.len())];
         // The guest leaves the entry of the shadow root alone that the stub will have.
         let kept: &[_] = if mode == PagingMode::Level4 { &[(128, 0)] } else { &[] };
         let bank = rng.random_range(0..GUEST_BANKS);
-        let mut space = Space::random(rng, &offered, mode, bank, kept);
-        space.cpu.cr3 &= !(1 << 45);
-        space.image.forget_alias();
+        let device = Some(GUEST_BANKS * BANK_FRAMES * 4096);
+        let ground = Ground { features: &offered, mode, bank, alias: None, device, kept };
+        let space = Space::random(rng, &ground);
         let policy = match rng.random_range(0..4) {
             0 => Policy::Demand,
             1 => Policy::Scatter { seed: rng.random() },
