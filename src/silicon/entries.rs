@@ -46,9 +46,11 @@ impl Format<'_> {
         } else if let Some(device) = self.ground.device.filter(|_| level == 1 && one_in(rng, 16)) {
             device + rng.random_range(0..16) * 4096
         } else {
+            // The PDPTEs of PAE paging are no table of any other level: an accessed flag would make them malformed.
+            let any_level = self.tables.len() - usize::from(self.ground.mode == PagingMode::Pae);
             let frame = match rng.random_range(0..28) {
                 // A table of any level, or data where a table should be.
-                0 => self.tables.choose(rng).and_then(|of_level| of_level.choose(rng)),
+                0 => self.tables[..any_level].choose(rng).and_then(|of_level| of_level.choose(rng)),
                 1 => self.data.choose(rng),
                 _ if level == 1 => self.data.choose(rng),
                 _ => self.tables[level - 2].choose(rng),
