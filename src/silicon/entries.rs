@@ -81,11 +81,7 @@ impl Format<'_> {
         // Bits between the flags and the address: PAT at bit 12, the rest reserved, or PSE-36's address bits 39:32.
         let low = if one_in(rng, 12) { 1 << rng.random_range(12..shift) } else { 0 };
         let high = match self.ground.alias {
-            Some(alias)
-                if self.ground.mode == PagingMode::Bits32 && self.ground.features.pse36 && one_in(rng, 2) =>
-            {
-                alias >> 32 << 13
-            }
+            Some(alias) if self.ground.mode == PagingMode::Bits32 && one_in(rng, 2) => alias >> 32 << 13,
             _ => 0,
         };
         let base = self.somewhere(rng, base);
@@ -104,9 +100,8 @@ impl Format<'_> {
             // PAT.
             flags |= PS;
         }
-        // AMD's manual (APM Vol. 2 §5.3.3) reserves bit 8 of entries above the PDT that map no page, Intel's ignores it.
         let leaf = large || level == 1;
-        if one_in(rng, 3) && !(self.ground.features.amd && !leaf && level >= 3) {
+        if one_in(rng, 3) && !(self.ground.features.limits.bit_8_reserved && !leaf && level >= 3) {
             flags |= G;
         }
         // Bits 11:9 are ignored in every entry, 58:52 in 4- and 5-level paging; 62:59 are the protection key or ignored.

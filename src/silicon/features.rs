@@ -7,6 +7,24 @@ use mmu::PagingMode;
 use std::fmt;
 use std::path::Path;
 
+/// Where a vCPU is known to go another way than the manual that the reference follows. It is not asked there, and the report
+/// says so.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The vendor is AMD or Hygon: their manual (APM Vol. 2 §5.3.3) reserves bit 8 in entries above the page-directory table
+    /// that map no page; Intel's ignores it.
+    pub bit_8_reserved: bool,
+    /// CPL 3 cannot use the upper half of the linear addresses: a KVM without VT-x or SVM runs CPL 3 beside the host's kernel,
+    /// whose addresses those are.
+    pub lower_half_only: bool,
+    /// In 32-bit paging EFER.NXE stays clear: with it a KVM that shadows reports fetches in the error code, which by the manual
+    /// takes CR4.PAE too (§4.7).
+    pub nxe_needs_pae: bool,
+    /// Width of the addresses of 4 MiB pages. Up to 40 by the manual (§4.3, table 4-4); a KVM that shadows takes 36, and
+    /// what lies above for reserved.
+    pub pse36_width: u32,
+}
+
 /// What KVM_GET_SUPPORTED_CPUID offers of what paging reads.
 #[derive(Clone, Debug)]
 pub struct Features {
@@ -27,14 +45,10 @@ pub struct Features {
     pub keys: bool,
     /// CR4.LA57.
     pub la57: bool,
-    /// PSE-36: 4 MiB pages above 4 GiB.
-    pub pse36: bool,
-    /// CPL 3 can use the upper half of the linear addresses.
-    pub upper_half: bool,
     /// The paging modes that KVM takes.
     pub modes: Vec<PagingMode>,
-    /// The vendor is AMD or Hygon, whose manual differs in one reserved bit.
-    pub amd: bool,
+    /// What it cannot be asked.
+    pub limits: Limits,
 }
 
 impl Features {
@@ -68,11 +82,17 @@ impl Features {
             pcid: bit(ecx1, 17),
             keys: bit(ecx7, 3),
             la57: bit(ecx7, 16),
-            pse36: bit(edx1, 17),
-            // EBX of leaf 0: "Auth" and "Hygo".
-            amd: matches!(vendor, 0x6874_7541 | 0x6f67_7948),
-            // Such a KVM runs CPL 3 beside the host's kernel, whose addresses those are.
-            upper_half: walker != Walker::KvmShadowsByItself,
+            limits: Limits {
+                // EBX of leaf 0: "Auth" and "Hygo".
+                bit_8_reserved: matches!(vendor, 0x6874_7541 | 0x6f67_7948),
+                lower_half_only: walker == Walker::KvmShadowsByItself,
+                nxe_needs_pae: !walker.is_hardware(),
+                pse36_width: match (bit(edx1, 17), walker.is_hardware()) {
+                    (false, _) => 32,
+                    (true, false) => 36,
+                    (true, true) => 40,
+                },
+            },
             modes: Vec::new(),
             cpuid,
         })
@@ -85,14 +105,16 @@ impl Features {
             (takes(PagingMode::Bits32), "32-bit paging"),
             (takes(PagingMode::Pae), "PAE paging"),
             (takes(PagingMode::Level5), "5-level paging"),
-            (self.upper_half, "the upper half of linear addresses at CPL 3"),
+            (!self.limits.lower_half_only, "the upper half of linear addresses at CPL 3"),
             (self.pcid, "PCIDs"),
             (self.keys, "protection keys"),
             (self.page1gb, "1 GiB pages"),
             (self.nx, "execute-disable"),
             (self.smep, "SMEP"),
             (self.smap, "SMAP"),
-            (self.pse36, "PSE-36"),
+            (self.limits.pse36_width >= u32::from(self.maxphyaddr).min(40), "all of PSE-36's address bits"),
+            (!self.limits.nxe_needs_pae, "EFER.NXE in 32-bit paging"),
+            (!self.limits.bit_8_reserved, "bit 8 of entries that AMD's manual reserves it in"),
             (self.maxphyaddr < 52, "reserved bits above MAXPHYADDR"),
         ]
         .into_iter()

@@ -5,7 +5,7 @@
 //! them.
 
 use crate::entries::Format;
-use crate::features::Features;
+use crate::features::{Features, Limits};
 use crate::memory::Image;
 use mmu::PagingMode;
 use rand::seq::{IndexedRandom, SliceRandom};
@@ -49,10 +49,8 @@ pub(crate) struct Space {
     pub indexes: Vec<u64>,
     /// The same for the top table.
     pub top_indexes: Vec<u64>,
-    /// The vCPU follows AMD's manual: see [`Format::flags`].
-    pub amd: bool,
-    /// CPL 3 can use the upper half of the linear addresses.
-    pub upper_half: bool,
+    /// What it cannot be asked.
+    pub limits: Limits,
 }
 
 /// Per mode: the lowest address bit that each level is indexed by, from the top.
@@ -84,6 +82,7 @@ fn some_indexes(rng: &mut Chance, count: u64, kept: &[u64]) -> Vec<u64> {
 /// The control bits of a case, of those that the vCPU has.
 fn controls(rng: &mut Chance, features: &Features, mode: PagingMode) -> Cpu {
     let long = matches!(mode, PagingMode::Level4 | PagingMode::Level5);
+    let nx = features.nx && !(mode == PagingMode::Bits32 && features.limits.nxe_needs_pae);
     // Key 15 is the stub's.
     let pkru = rng.random::<u32>() & rng.random::<u32>() & 0x3fff_ffff;
     let mut half = |offered: bool| offered && rng.random();
@@ -96,7 +95,7 @@ fn controls(rng: &mut Chance, features: &Features, mode: PagingMode) -> Cpu {
         lma: long,
         la57: mode == PagingMode::Level5,
         pcide: half(features.pcid && long),
-        nxe: half(features.nx) || half(features.nx),
+        nxe: half(nx) || half(nx),
         smep: half(features.smep),
         smap: half(features.smap),
         pke: half(features.keys && long),
@@ -175,8 +174,8 @@ impl Space {
                 cpu.cr3 |= pcid | ground.alias.filter(|_| one_in(rng, 4)).unwrap_or(0);
             }
         }
-        let (amd, upper_half) = (features.amd, features.upper_half);
-        Self { mode, cpu, image, tables: tables.concat(), data, indexes, top_indexes, amd, upper_half }
+        let (tables, limits) = (tables.concat(), features.limits);
+        Self { mode, cpu, image, tables, data, indexes, top_indexes, limits }
     }
 
     /// An address that the tables have entries for.

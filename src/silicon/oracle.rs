@@ -140,11 +140,7 @@ impl Oracle {
         let bank = case % BANKS;
         let machine = self.machine(mode)?;
         machine.take_bank(bank)?;
-        let alias = match mode {
-            // 4 MiB pages can name what lies above 4 GiB, the other entries of 32-bit paging cannot.
-            PagingMode::Bits32 if !features.pse36 => None,
-            _ => alias(features.maxphyaddr),
-        };
+        let alias = alias(&features, mode);
         let kept = machine.vm.home.kept();
         let ground = Ground { features: &features, mode, bank, alias, device: None, kept: &kept };
         let space = Space::random(rng, &ground);

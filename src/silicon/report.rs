@@ -2,7 +2,7 @@
 
 use crate::batch::Touch;
 use crate::features::{Features, Walker};
-use crate::generate::Space;
+use crate::generate::{Space, entry_bytes};
 use crate::judge::{Disagreement, OpenFlags};
 use mmu::{AccessKind, PagingMode, Privilege};
 use std::collections::BTreeMap;
@@ -183,10 +183,14 @@ pub struct Difference {
 impl Difference {
     pub(crate) fn new(seed: u64, case: u64, space: &Space, found: Vec<Disagreement>) -> Self {
         let mut text = format!("  {:?} {:x?}\n", space.mode, space.cpu);
-        for (frame, words) in space.image.frames().filter(|(frame, _)| space.tables.contains(frame)) {
+        let bytes = entry_bytes(space.mode);
+        for &frame in &space.tables {
             text += &format!("  table {:#x}:", frame * 4096);
-            for (index, word) in words.iter().enumerate().filter(|(_, word)| **word != 0) {
-                text += &format!(" [{index:#x}] {word:#x}");
+            for index in 0..4096 / u64::from(bytes) {
+                let entry = space.image.get(frame * 4096 + index * u64::from(bytes), bytes);
+                if entry != 0 {
+                    text += &format!(" [{index:#x}] {entry:#x}");
+                }
             }
             text += "\n";
         }

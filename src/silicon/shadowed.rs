@@ -10,7 +10,7 @@ use crate::batch::{Answer, Bits, Touch};
 use crate::error::Error;
 use crate::examine::Examination;
 use crate::expect::{Expected, Left, Mistake, expect};
-use crate::features::Features;
+use crate::features::{Features, Limits};
 use crate::generate::{BANK_FRAMES, Chance, Ground, Space, one_in};
 use crate::judge::Disagreement;
 use crate::memory::{A, D, Image};
@@ -80,7 +80,9 @@ struct Guest {
 impl Guest {
     fn random(rng: &mut Chance, features: &Features) -> Result<Self, Error> {
         // What the guest has is the backend's business, but for what the hardware must check.
-        let offered = Features { maxphyaddr: 46, page1gb: true, amd: false, pse36: true, ..features.clone() };
+        let limits =
+            Limits { bit_8_reserved: false, pse36_width: 40, nxe_needs_pae: false, ..features.limits };
+        let offered = Features { maxphyaddr: 46, page1gb: true, limits, ..features.clone() };
         let modes = [PagingMode::Level4, PagingMode::Pae, PagingMode::Bits32];
         let mode = modes[rng.random_range(0..modes.len())];
         // The guest leaves the entry of the shadow root alone that the stub will have.
@@ -164,8 +166,8 @@ impl Guest {
             }
         }
         let (data, indexes, top_indexes) = (Vec::new(), Vec::new(), Vec::new());
-        let (mode, amd, upper_half) = (PagingMode::Level4, features.amd, features.upper_half);
-        Ok(Space { mode, cpu, image, tables, data, indexes, top_indexes, amd, upper_half })
+        let (mode, limits) = (PagingMode::Level4, features.limits);
+        Ok(Space { mode, cpu, image, tables, data, indexes, top_indexes, limits })
     }
 
     /// The accesses of the case, at CPL 3 and, now and then, at CPL 0: but not while CR0.WP = 0, when a page that users may
@@ -219,7 +221,7 @@ impl Guest {
             let access = Access::new(kind, Privilege::User);
             let visit = visit(&self.space.cpu, &self.space.image, linear);
             let inside = !self.space.image.take_outside();
-            let barred = !self.space.upper_half && linear >> 63 == 1;
+            let barred = self.space.limits.lower_half_only && linear >> 63 == 1;
             if let Ok(leaf) = visit.end
                 && inside
                 && !barred

@@ -7,12 +7,13 @@
 
 use crate::batch::Touch;
 use crate::expect::{Expected, Left, Mistake, expect};
-use crate::generate::{Chance, Space, one_in};
+use crate::generate::{Chance, Space, levels, one_in};
 use crate::memory::{Image, landed, landing, written_id};
+use mmu::entry::bits::{G, P, PS};
 use mmu::{Access, AccessKind, PagingMode, Privilege};
 use rand::RngExt;
 use rand::seq::IndexedRandom;
-use reference::visit;
+use reference::{Visit, visit};
 
 /// Accesses of one batch.
 const WANTED: usize = 64;
@@ -69,7 +70,7 @@ fn aimed(rng: &mut Chance, space: &Space, image: &Image, linear: u64) -> u64 {
 /// The access, or one like it that can be judged.
 fn fit(space: &Space, image: &Image, touch: Touch) -> Option<Touch> {
     let visit = visit(&space.cpu, image, touch.linear);
-    if image.take_outside() || open_to_vendors(space, &visit) || space.is_barred(&touch) {
+    if image.take_outside() || space.is_beyond_limits(&touch, &visit) {
         return None;
     }
     let Ok(leaf) = visit.end else { return Some(touch) };
@@ -99,27 +100,24 @@ impl Space {
         })
     }
 
-    /// An address that the host keeps from CPL 3.
-    fn is_barred(&self, touch: &Touch) -> bool {
-        !self.upper_half && touch.linear >> 63 == 1 && touch.access.is_user()
+    /// Whether the vCPU is known to go its own way: see [`crate::features::Limits`].
+    fn is_beyond_limits(&self, touch: &Touch, visit: &Visit) -> bool {
+        let entries = visit.entries();
+        if self.limits.lower_half_only && touch.linear >> 63 == 1 && touch.access.is_user() {
+            return true;
+        }
+        if self.mode == PagingMode::Bits32 {
+            let large = self.cpu.pse && entries[0].raw & (P | PS) == P | PS;
+            // Address bit 32 is at bit 13, bit 39 at bit 20.
+            let above = (1 << 21) - (1 << (self.limits.pse36_width - 19));
+            return large && entries[0].raw & above != 0;
+        }
+        // Of the entries that were read, those above the page-directory table; a last one may map a page.
+        let last = entries.len().saturating_sub(1);
+        let above = levels(self.mode).iter().filter(|&&lowest| lowest >= 30).count();
+        let leads_on = |nth: usize| nth < last || visit.end.is_err();
+        let lma = self.cpu.lma;
+        let mut upper = entries.iter().take(above).enumerate();
+        lma && self.limits.bit_8_reserved && upper.any(|(nth, e)| leads_on(nth) && e.raw & (P | G) == P | G)
     }
-}
-
-/// AMD's manual (APM Vol. 2 §5.3.3) reserves bit 8 in entries above the page-directory table that map no page; Intel's, which
-/// the reference follows, ignores it.
-fn open_to_vendors(space: &Space, visit: &reference::Visit) -> bool {
-    let above = match space.mode {
-        PagingMode::Level4 => 2,
-        PagingMode::Level5 => 3,
-        _ => 0,
-    };
-    let last = visit.entries().len().saturating_sub(1);
-    let leads_on = |nth: usize| nth < last || visit.end.is_err();
-    space.amd
-        && visit
-            .entries()
-            .iter()
-            .take(above)
-            .enumerate()
-            .any(|(nth, e)| leads_on(nth) && e.raw & 0x101 == 0x101)
 }

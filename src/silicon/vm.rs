@@ -24,10 +24,14 @@ const CR0_FIXED: u64 = 0x33;
 const FINISHED_PORT: u16 = 0xf4;
 const RFLAGS_FIXED: u64 = 2;
 
-/// Where the memory object is a second time, if MAXPHYADDR allows: an address that 4 MiB pages can name too, whose 40 bits
-/// are the most that PSE-36 gives them.
-pub(crate) fn alias(maxphyaddr: u8) -> Option<u64> {
-    let bit = u32::from(maxphyaddr).min(40) - 1;
+/// Where the memory object is a second time: at the highest address bit that entries of the mode can name (in 32-bit paging
+/// those of 4 MiB pages), but not above what any KVM has for slots.
+pub(crate) fn alias(features: &Features, mode: PagingMode) -> Option<u64> {
+    let width = match mode {
+        PagingMode::Bits32 => features.limits.pse36_width,
+        _ => 46,
+    };
+    let bit = width.min(features.maxphyaddr.into()) - 1;
     (bit > 32).then_some(1 << bit)
 }
 
@@ -57,7 +61,7 @@ impl Vm {
         vcpu.set_cpuid2(&features.cpuid).map_err(doing("setting the vCPU's CPUID"))?;
         let initial = vcpu.get_sregs().map_err(doing("reading the vCPU's registers"))?;
         let home = Home::new(HostMemory::new(STUB_FRAMES)?, mode);
-        let alias = alias(features.maxphyaddr);
+        let alias = alias(features, mode);
         let watchdog = Watchdog::new();
         let offers_keys = features.keys;
         let vm =
