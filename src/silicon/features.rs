@@ -98,7 +98,7 @@ impl Features {
         })
     }
 
-    /// What is not offered, in words.
+    /// What is not offered, or not as the manual has it, in words.
     pub fn absent(&self) -> Vec<&'static str> {
         let takes = |mode| self.modes.contains(&mode);
         [

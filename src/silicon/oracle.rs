@@ -15,6 +15,7 @@ use mmu::{PagingMode, Privilege};
 use rand::RngExt;
 use reference::Cpu;
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CStr;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -55,7 +56,11 @@ impl Machine {
 impl Oracle {
     /// Opens the host's KVM.
     pub fn open() -> Result<Self, Unavailable> {
-        let kvm = Kvm::new().map_err(|error| match error.errno() {
+        Self::open_device(c"/dev/kvm")
+    }
+
+    fn open_device(device: &CStr) -> Result<Self, Unavailable> {
+        let kvm = Kvm::new_with_path(device).map_err(|error| match error.errno() {
             libc::ENOENT | libc::ENODEV | libc::ENXIO => Unavailable::NoDevice,
             libc::EACCES | libc::EPERM => Unavailable::Permission,
             _ => Unavailable::Open(error.into()),
@@ -184,5 +189,20 @@ fn privileges(rng: &mut Chance) -> Vec<Privilege> {
         0 => vec![Privilege::Supervisor, Privilege::User],
         1 => vec![Privilege::User, Privilege::Supervisor],
         _ => vec![Privilege::User],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_says_why_it_does_not_open() {
+        let why = |device| match Oracle::open_device(device) {
+            Ok(_) => panic!("{device:?} opens"),
+            Err(error) => error,
+        };
+        assert!(matches!(why(c"/dev/no-such-kvm"), Unavailable::NoDevice));
+        assert!(matches!(why(c"/dev/null"), Unavailable::Missing("KVM_CAP_USER_MEMORY")));
     }
 }

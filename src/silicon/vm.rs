@@ -16,6 +16,7 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use mmu::paging::bits::CR0_PG;
 use mmu::{PagingMode, PagingState};
 use std::sync::Arc;
+use std::time::Duration;
 
 const STUB_SLOT: u32 = 0;
 const FIRST_SLOT: u32 = 1;
@@ -47,6 +48,8 @@ pub(crate) struct Vm {
     alias: Option<u64>,
     watchdog: Watchdog,
     initial: kvm_sregs,
+    /// The longest that a list may take.
+    limit: Duration,
     offers_keys: bool,
 }
 
@@ -64,8 +67,18 @@ impl Vm {
         let alias = alias(features, mode);
         let watchdog = Watchdog::new();
         let offers_keys = features.keys;
-        let vm =
-            Self { vcpu, fd, home, object: None, pieces: Vec::new(), alias, watchdog, initial, offers_keys };
+        let vm = Self {
+            vcpu,
+            fd,
+            home,
+            object: None,
+            pieces: Vec::new(),
+            alias,
+            watchdog,
+            initial,
+            limit: LIMIT,
+            offers_keys,
+        };
         vm.slot(STUB_SLOT, STUB_PHYSICAL, vm.home.memory(), 0, STUB_FRAMES * PAGE_SIZE)?;
         Ok(vm)
     }
@@ -162,7 +175,7 @@ impl Vm {
 
     fn run_to_the_end(&mut self, state: &PagingState) -> Result<(), Error> {
         let vcpu = &mut self.vcpu;
-        let (exit, late) = self.watchdog.watch(LIMIT, || {
+        let (exit, late) = self.watchdog.watch(self.limit, || {
             loop {
                 match vcpu.run() {
                     Ok(VcpuExit::IoOut(FINISHED_PORT, _)) => return Ok(()),
@@ -175,7 +188,9 @@ impl Vm {
         });
         match exit {
             Ok(()) => Ok(()),
-            Err(what) if late => Err(self.astray(format!("it took longer than {LIMIT:?}; {what}"), state)),
+            Err(what) if late => {
+                Err(self.astray(format!("it took longer than {:?}; {what}", self.limit), state))
+            }
             Err(what) => Err(self.astray(what, state)),
         }
     }
@@ -224,5 +239,43 @@ impl Vm {
         sregs.cr4 = state.cr4;
         sregs.efer = state.efer;
         sregs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::features::Walker;
+    use crate::memory::landing;
+    use guestmem::Hpa;
+    use mmu::{Access, AccessKind, Privilege};
+    use reference::Cpu;
+
+    #[test]
+    fn a_vcpu_that_does_not_come_back_is_ended() {
+        let features = Kvm::new().ok().and_then(|kvm| Some((Features::of(&kvm, Walker::Unknown).ok()?, kvm)));
+        let Some((features, kvm)) = features else {
+            return eprintln!("SKIP: a_vcpu_that_does_not_come_back_is_ended: KVM does not open");
+        };
+        let mut vm = Vm::new(&kvm, &features, PagingMode::Level4).unwrap();
+        vm.limit = Duration::from_millis(300);
+        let object = Arc::new(HostMemory::new(6).unwrap());
+        for table in 1..5 {
+            object.write_u64(Hpa(table * 4096), (table + 1) * 4096 | 0x67).unwrap();
+        }
+        let (index, entry) = vm.home.top_entry();
+        object.write_u64(Hpa(4096 + index * 8), entry).unwrap();
+        // A jump to itself, and beside it what goes back.
+        object.write_u64(Hpa(0x5000), 0xfeeb).unwrap();
+        object.write_u64(Hpa(0x5008), landing(77)).unwrap();
+        vm.show_all(object).unwrap();
+        let state = Cpu { maxphyaddr: features.maxphyaddr, ..Cpu::level4(0x1000) }.state();
+        for privilege in [Privilege::User, Privilege::Supervisor] {
+            let access = Access::new(AccessKind::Execute, privilege);
+            let touch = |linear| [Touch { linear, access, value: 0 }];
+            let error = vm.run(&state, &touch(0)).unwrap_err().to_string();
+            assert!(error.contains("it took longer than 300ms"), "{error}");
+            assert_eq!(vm.run(&state, &touch(8)).unwrap(), [Answer::Done(77)]);
+        }
     }
 }
