@@ -22,8 +22,8 @@ impl Bits {
     }
 }
 
-/// One access to be made. Reads and writes have the width of the stub's code and are aligned; an executed address holds
-/// code of [`crate::memory::landing`].
+/// One access to be made. Reads and writes have the width of the stub's code and are aligned; an executed address holds code
+/// that the data frames are filled with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Touch {
     /// Where.

@@ -2,7 +2,7 @@
 //!
 //! It stands beside the path of an access. Where `/dev/kvm` opens, random page tables are loaded into a vCPU's CR3 and
 //! touched by a stub at CPL 3 and CPL 0; whether each access faults, the error code, CR2, the data and all accessed and
-//! dirty flags are compared with [`reference`], which is written from SDM Vol. 3 chapter 4. The tables are of two kinds:
+//! dirty flags are compared with [`mod@reference`], which is written from SDM Vol. 3 chapter 4. The tables are of two kinds:
 //! guest tables in every format that the vCPU has, and the shadow tables that the shadow backend builds for such guests,
 //! whose root is loaded as it is: an HPA is a physical address of the vCPU. The report says who answered ([`Walker`]).
 //!

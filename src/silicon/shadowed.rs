@@ -58,9 +58,9 @@ pub enum Promise {
 }
 
 /// Physical memory for walks that set no flags: shadow entries have theirs set.
-struct Tables4<'a>(&'a HostMemory);
+struct ShadowTables<'a>(&'a HostMemory);
 
-impl Ram for Tables4<'_> {
+impl Ram for ShadowTables<'_> {
     fn entry(&self, address: u64, _: u8) -> u64 {
         self.0.read_u64(Hpa(address)).unwrap_or(u64::MAX)
     }
@@ -138,7 +138,8 @@ impl Guest {
     /// Lets the backend answer the faults of an access until it is mapped or stays a fault.
     fn fill(&mut self, cpu: &Cpu, touch: &Touch) -> Result<Fill, Error> {
         for _ in 0..ROUNDS {
-            let (walked, _) = translate(cpu, &mut Tables4(self.memory.host()), touch.linear, &touch.access);
+            let (walked, _) =
+                translate(cpu, &mut ShadowTables(self.memory.host()), touch.linear, &touch.access);
             let Walked::Fault(code) = walked else { return Ok(Fill::Mapped) };
             let kind = FaultKind::Page(PfCode::from_bits_truncate(code));
             let fault = Fault { gva: Gva(touch.linear), access: touch.access, kind };

@@ -261,7 +261,7 @@ mod tests {
         vm.limit = Duration::from_millis(300);
         let object = Arc::new(HostMemory::new(6).unwrap());
         for table in 1..5 {
-            object.write_u64(Hpa(table * 4096), (table + 1) * 4096 | 0x67).unwrap();
+            object.write_u64(Hpa(table * 4096), ((table + 1) * 4096) | 0x67).unwrap();
         }
         let (index, entry) = vm.home.top_entry();
         object.write_u64(Hpa(4096 + index * 8), entry).unwrap();
