@@ -258,7 +258,6 @@ mod tests {
             return eprintln!("SKIP: a_vcpu_that_does_not_come_back_is_ended: KVM does not open");
         };
         let mut vm = Vm::new(&kvm, &features, PagingMode::Level4).unwrap();
-        vm.limit = Duration::from_millis(300);
         let object = Arc::new(HostMemory::new(6).unwrap());
         for table in 1..5 {
             object.write_u64(Hpa(table * 4096), ((table + 1) * 4096) | 0x67).unwrap();
@@ -273,8 +272,10 @@ mod tests {
         for privilege in [Privilege::User, Privilege::Supervisor] {
             let access = Access::new(AccessKind::Execute, privilege);
             let touch = |linear| [Touch { linear, access, value: 0 }];
+            vm.limit = Duration::from_millis(300);
             let error = vm.run(&state, &touch(0)).unwrap_err().to_string();
             assert!(error.contains("it took longer than 300ms"), "{error}");
+            vm.limit = LIMIT;
             assert_eq!(vm.run(&state, &touch(8)).unwrap(), [Answer::Done(77)]);
         }
     }
