@@ -70,14 +70,15 @@ impl Format<'_> {
         }
     }
 
-    /// The address of a large page: mostly the one that the bank lies in.
+    /// The address of a large page: mostly one that frames of the case lie in.
     fn large(&self, rng: &mut Chance, level: usize) -> u64 {
         let shift = match (self.ground.mode, level) {
             (PagingMode::Bits32, _) => 22,
             (_, 3) => 30,
             _ => 21,
         };
-        let base = (self.ground.bank * BANK_FRAMES * 4096) >> shift << shift;
+        let bank = self.ground.far.filter(|_| one_in(rng, 2)).unwrap_or(self.ground.bank);
+        let base = (bank * BANK_FRAMES * 4096) >> shift << shift;
         // Bits between the flags and the address: PAT at bit 12, the rest reserved, or PSE-36's address bits 39:32.
         let low = if one_in(rng, 12) { 1 << rng.random_range(12..shift) } else { 0 };
         let high = match self.ground.alias {

@@ -101,6 +101,7 @@ impl Features {
     /// What is not offered, or not as the manual has it, in words.
     pub fn absent(&self) -> Vec<&'static str> {
         let takes = |mode| self.modes.contains(&mode);
+        let legacy = takes(PagingMode::Bits32);
         [
             (takes(PagingMode::Bits32), "32-bit paging"),
             (takes(PagingMode::Pae), "PAE paging"),
@@ -112,8 +113,11 @@ impl Features {
             (self.nx, "execute-disable"),
             (self.smep, "SMEP"),
             (self.smap, "SMAP"),
-            (self.limits.pse36_width >= u32::from(self.maxphyaddr).min(40), "all of PSE-36's address bits"),
-            (!self.limits.nxe_needs_pae, "EFER.NXE in 32-bit paging"),
+            (
+                !legacy || self.limits.pse36_width >= u32::from(self.maxphyaddr).min(40),
+                "all of PSE-36's address bits",
+            ),
+            (!legacy || !self.limits.nxe_needs_pae, "EFER.NXE in 32-bit paging"),
             (!self.limits.bit_8_reserved, "bit 8 of entries that AMD's manual reserves it in"),
             (self.maxphyaddr < 52, "reserved bits above MAXPHYADDR"),
         ]

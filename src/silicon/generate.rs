@@ -113,6 +113,8 @@ pub(crate) struct Ground<'a> {
     pub mode: PagingMode,
     /// The bank that its frames lie in.
     pub bank: u64,
+    /// A bank with data only, which large pages lead to as well.
+    pub far: Option<u64>,
     /// Where all of memory is a second time.
     pub alias: Option<u64>,
     /// Where no memory is, for leaves that lead there.
@@ -127,10 +129,13 @@ fn frames(rng: &mut Chance, ground: &Ground<'_>) -> (Vec<u64>, Vec<Vec<u64>>) {
     let mut frames: Vec<u64> = (first..first + BANK_FRAMES).collect();
     frames.shuffle(rng);
     let mut take = |count: usize| frames.split_off(frames.len() - count);
-    let data = take(DATA_FRAMES);
+    let mut data = take(DATA_FRAMES);
     let mut tables: Vec<Vec<u64>> =
         (1..levels(ground.mode).len()).map(|_| take(rng.random_range(1..4))).collect();
     tables.push(take(1));
+    if let Some(far) = ground.far {
+        data.extend((0..DATA_FRAMES / 2).map(|_| far * BANK_FRAMES + rng.random_range(0..BANK_FRAMES)));
+    }
     (data, tables)
 }
 

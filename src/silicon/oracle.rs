@@ -147,7 +147,7 @@ impl Oracle {
         machine.take_bank(bank)?;
         let alias = alias(&features, mode);
         let kept = machine.vm.home.kept();
-        let ground = Ground { features: &features, mode, bank, alias, device: None, kept: &kept };
+        let ground = Ground { features: &features, mode, bank, far: None, alias, device: None, kept: &kept };
         let space = Space::random(rng, &ground);
         let mut examination = Examination::new(&space, &machine.object, mistake, Tables::Guest(mode));
         let mut chosen = space.image.clone();

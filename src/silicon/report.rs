@@ -56,6 +56,8 @@ pub struct Outcome {
     pub open: OpenFlags,
     /// What shadow tables owed: an access let through, the guest's own fault, a fault that the backend wants.
     pub promises: [u64; 3],
+    /// Large leaves that the shadow tables had.
+    pub large_leaves: u64,
     /// Cases with differences.
     pub differing: u64,
     /// The first of them.
@@ -73,6 +75,7 @@ impl Outcome {
             codes: BTreeMap::new(),
             open: OpenFlags::default(),
             promises: [0; 3],
+            large_leaves: 0,
             differing: 0,
             differences: Vec::new(),
         }
@@ -120,6 +123,7 @@ impl Outcome {
         for (sum, more) in self.promises.iter_mut().zip(other.promises) {
             *sum += more;
         }
+        self.large_leaves += other.large_leaves;
         self.open.of_faulting_walks += other.open.of_faulting_walks;
         self.open.of_speculation += other.open.of_speculation;
         self.differing += other.differing;
@@ -161,7 +165,9 @@ impl fmt::Display for Outcome {
         let [through, guest, kept] = self.promises;
         writeln!(
             f,
-            "  shadow tables owed {through} accesses let through, {guest} faults of the guest's own, {kept} for the backend"
+            "  shadow tables owed {through} accesses let through, {guest} faults of the guest's own, {kept} for the backend; \
+             they had {} large leaves",
+            self.large_leaves
         )?;
         write!(f, "  cases with differences: {}", self.differing)?;
         for difference in &self.differences {

@@ -21,8 +21,8 @@ use guestmem::{
     Backing, Gfn, Gpa, GuestMemory, Gva, HostMemory, Hpa, MemoryConfig, Policy, RegionConfig, RegionKind,
 };
 use mmu::{
-    Access, AccessKind, CpuId, Fault, FaultKind, MmuBackend, PagingMode, PagingState, PfCode, Privilege,
-    Resolution, TableRoot,
+    Access, AccessKind, Counter, CpuId, Fault, FaultKind, MmuBackend, PagingMode, PagingState, PfCode,
+    Privilege, Resolution, TableRoot,
 };
 use rand::RngExt;
 use reference::{Cpu, Outcome as Walked, Ram, translate, visit};
@@ -89,7 +89,9 @@ impl Guest {
         let kept: &[_] = if mode == PagingMode::Level4 { &[(128, 0)] } else { &[] };
         let bank = rng.random_range(0..GUEST_BANKS);
         let device = Some(GUEST_BANKS * BANK_FRAMES * 4096);
-        let ground = Ground { features: &offered, mode, bank, alias: None, device, kept };
+        // The backend maps nothing large that holds a guest's table.
+        let far = Some((bank + rng.random_range(1..GUEST_BANKS)) % GUEST_BANKS);
+        let ground = Ground { features: &offered, mode, bank, far, alias: None, device, kept };
         let space = Space::random(rng, &ground);
         let policy = match rng.random_range(0..4) {
             0 => Policy::Demand,
@@ -259,6 +261,7 @@ impl Oracle {
         vm.show_guest(guest.memory.clone(), TABLE_FRAMES)?;
         let stub = vm.home.top_entry();
         guest.plant(cpu.cr3, stub);
+        outcome.large_leaves += guest.mmu.counters().get(Counter::ShadowLargeFilled);
         let space = guest.shadow_space(cpu, &features)?;
         let tables = Tables::Shadow(guest.space.mode);
         let mut examination = Examination::new(&space, guest.memory.host(), Mistake::None, tables);

@@ -62,8 +62,11 @@ fn aimed(rng: &mut Chance, space: &Space, image: &Image, linear: u64) -> u64 {
         return linear;
     }
     let among = if one_in(rng, 5) { &space.tables } else { &space.data };
-    let frame = among.choose(rng).copied().unwrap_or_default();
     let inside = leaf.page_size - 1;
+    // The alias differs above bit 32.
+    let lies_inside = |frame: &u64| (frame << 12 ^ leaf.physical) & !inside & 0xffff_ffff == 0;
+    let among: Vec<u64> = among.iter().copied().filter(lies_inside).collect();
+    let Some(&frame) = among.choose(rng) else { return linear };
     space.canonical(linear & !inside | frame << 12 & inside | linear & 0xfff)
 }
 

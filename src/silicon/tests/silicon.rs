@@ -81,6 +81,7 @@ fn the_cases_mean_something(sum: &Outcome) {
     for code in [0x4, 0x5, 0x6, 0x7, 0xd, 0xf] {
         assert!(sum.codes.get(&code).is_some_and(|&count| count > 100), "error code {code:#x}");
     }
+    assert!(sum.large_leaves > 50, "{} large leaves", sum.large_leaves);
     assert!(sum.promises.iter().all(|&count| count > 100), "{:?}", sum.promises);
 }
 
