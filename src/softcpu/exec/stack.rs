@@ -123,9 +123,12 @@ fn pop_mem<W: Width>(core: &mut Core, op: &Op) -> Flow {
 
 fn pusha<W: Width>(core: &mut Core, _op: &Op) -> Flow {
     let old = core.regs[RSP];
-    let check = old.wrapping_sub(8 * W::BYTES as u64) & core.stack_mask();
-    let lin = core.stack_address(check, W::BYTES as u64, true)?;
-    core.check_write(lin, W::BYTES as u64, SS)?;
+    // In the order of the pushes, so that the first that fails is the one reported.
+    for i in 1..=8 {
+        let check = old.wrapping_sub(i * W::BYTES as u64) & core.stack_mask();
+        let lin = core.stack_address(check, W::BYTES as u64, true)?;
+        core.check_write(lin, W::BYTES as u64, SS)?;
+    }
     for reg in [0, 1, 2, 3, RSP, RBP, 6, 7] {
         let v = if reg == RSP { old } else { core.regs[reg] } & W::MASK;
         if let Err(stop) = core.push(v, W::BYTES as u8) {
