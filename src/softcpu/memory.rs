@@ -60,6 +60,21 @@ pub enum Who {
     System,
 }
 
+/// The alignment that EFLAGS.AC asks of an operand of `len` bytes (SDM Vol. 3 table 6-7). Of vectors of 16 bytes only those
+/// come here that need not be aligned otherwise; the manual leaves them to the processor, and AMD's checks them.
+#[inline]
+const fn natural_alignment(len: u64) -> u64 {
+    match len {
+        2 | 4 | 8 | 16 => len,
+        // An 80-bit number.
+        10 => 8,
+        // x87 environments and states, of 16-bit and 32-bit code.
+        14 | 94 => 2,
+        28 | 108 => 4,
+        _ => 1,
+    }
+}
+
 /// The segment that an access is charged to when it is not canonical: #SS for SS, else #GP.
 pub type SegIndex = u8;
 
@@ -375,7 +390,7 @@ impl Core {
             return Err(if usize::from(segment) == seg::SS { self.ss(0) } else { self.gp(0) });
         }
         if who == Who::Current && kind != AccessKind::Execute {
-            if len.is_power_of_two() && len <= 8 && lin & (len - 1) != 0 && self.alignment_checked() {
+            if lin & (natural_alignment(len) - 1) != 0 && self.alignment_checked() {
                 return Err(self.raise(Exception::with_code(17, 0)));
             }
             self.watch(lin, len, kind);
