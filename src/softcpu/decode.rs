@@ -8,7 +8,7 @@ use crate::core::Core;
 use crate::exec::{self, Selected};
 use crate::op::{EaKind, Op, REG_IP, REG_ZERO, Stop};
 use guestmem::{Hpa, PAGE_SIZE};
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
+use iced_x86::{CodeSize, Decoder, DecoderError, DecoderOptions, Instruction, OpKind, Register};
 use vcpu::state::seg;
 
 /// What decoding depends on, besides the bytes.
@@ -41,6 +41,9 @@ pub struct Decoded {
     pub crossing: Option<Hpa>,
 }
 
+/// PAUSE does nothing here but take its time, so it is read as the NOP that it is without its prefix; and with REX.B it is
+/// no PAUSE at all, but XCHG of R8 and RAX, which the decoder would not notice.
+const OPTIONS: u32 = DecoderOptions::NO_PAUSE;
 const MAX_OPS: usize = 48;
 const MAX_BYTES: usize = 15;
 
@@ -55,7 +58,7 @@ pub fn decode_block(core: &mut Core, lin: u64, hpa: Hpa) -> Result<Decoded, Stop
     let mut ops = Vec::new();
     let mut ends_in_branch = false;
     let mut at = 0;
-    let mut decoder = Decoder::with_ip(mode.bits, &buffer[..on_page], 0, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(mode.bits, &buffer[..on_page], 0, OPTIONS);
     let mut insn = Instruction::default();
     while ops.len() < MAX_OPS && decoder.can_decode() {
         decoder.decode_out(&mut insn);
@@ -92,7 +95,7 @@ fn decode_crossing(core: &mut Core, mode: CodeMode, lin: u64, head: &[u8]) -> Re
     buffer[..head.len()].copy_from_slice(head);
     let total = MAX_BYTES;
     core.memory.host().read(second, &mut buffer[head.len()..total]);
-    let mut decoder = Decoder::with_ip(mode.bits, &buffer[..total], 0, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(mode.bits, &buffer[..total], 0, OPTIONS);
     let insn = decoder.decode();
     let (op, selected) = translate(&insn, 0, mode, core);
     let len = insn.len().max(head.len() + 1) as u64;
@@ -168,13 +171,25 @@ pub fn segment_index(reg: Register) -> u8 {
     }) as u8
 }
 
+/// Index of the segment that a memory operand is in. In 64-bit mode only prefixes for FS and GS count (SDM Vol. 1 §3.4.2.1):
+/// with another, an address that is not canonical is still charged to the segment that its base register implies.
+pub fn operand_segment(insn: &Instruction) -> u8 {
+    let ignored = matches!(insn.segment_prefix(), Register::ES | Register::CS | Register::SS | Register::DS);
+    if insn.code_size() != CodeSize::Code64 || !ignored {
+        return segment_index(insn.memory_segment());
+    }
+    let mut plain = *insn;
+    plain.set_segment_prefix(Register::None);
+    segment_index(plain.memory_segment())
+}
+
 fn memory_operand(insn: &Instruction, op: &mut Op, mode: CodeMode) {
     let (base, index) = (insn.memory_base(), insn.memory_index());
     op.base = gpr(base).0;
     op.index = gpr(index).0;
     op.scale = insn.memory_index_scale().trailing_zeros() as u8;
     op.disp = insn.memory_displacement64();
-    op.seg = segment_index(insn.memory_segment());
+    op.seg = operand_segment(insn);
     let size = if base != Register::None {
         base.size()
     } else if index != Register::None {

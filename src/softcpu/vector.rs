@@ -6,7 +6,7 @@
 
 use crate::cache::CodeMap;
 use crate::core::Core;
-use crate::decode::segment_index;
+use crate::decode::operand_segment;
 use crate::exceptions::Exception;
 use crate::exec::Selected;
 use crate::exec::address::{checked, read_address, write_address};
@@ -149,6 +149,10 @@ fn stub(core: &mut Core, op: &Op) -> Flow {
 /// Runs a stub to its end; `Stale` is left to the caller.
 fn run_stub(core: &mut Core, op: &Op, stub: &Stub) -> Result<Outcome, Stop> {
     core.available(stub.class())?;
+    if stub.waits() && crate::native::x87_exception_pending(&core.fpu) {
+        // What is pending comes before anything of this instruction, its memory operand too.
+        return Err(core.raise(Exception::plain(16)));
+    }
     let memory = stub.memory();
     let mut lin = 0;
     if let Some(m) = memory {
@@ -212,8 +216,10 @@ fn masked_store(core: &mut Core, op: &Op) -> Flow {
         if crate::native::x87_exception_pending(&core.fpu) {
             return Err(core.raise(Exception::plain(16)));
         }
+        // The image lists registers from the top of the stack, and MMX counts them from 0.
+        let top = (core.fpu.fsw() >> 11) as u8;
         let mm = |n: u8| {
-            let at = 32 + 16 * usize::from(n % 8);
+            let at = 32 + 16 * usize::from(n.wrapping_sub(top) % 8);
             core.fpu.image()[at..at + 8].iter().rev().fold(0u128, |v, &b| v << 8 | u128::from(b))
         };
         (mm(op.dst), mm(op.src), 8)
@@ -234,11 +240,7 @@ fn masked_store(core: &mut Core, op: &Op) -> Flow {
         core.store::<u8>(lin.wrapping_add(i), (data >> (8 * i)) as u64 & 0xff, op.seg)?;
     }
     if mmx {
-        // An MMX instruction marks all registers as in use and the stack top as 0 (SDM Vol. 1 §9.5.1).
-        let mut image = *core.fpu.image();
-        image[4] = 0xff;
-        image[3] &= !0x38;
-        let _reserved_bits_are_unchanged = core.fpu.load_image(&image);
+        crate::native::enter_mmx(&mut core.fpu);
     }
     Ok(())
 }
@@ -248,7 +250,7 @@ pub fn select(insn: &Instruction, op: &mut Op, core: &mut Core) -> Option<Select
     if matches!(insn.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Maskmovq) {
         op.aux = u8::from(insn.mnemonic() == Mnemonic::Maskmovq);
         (op.dst, op.src) = (insn.op1_register().number() as u8, insn.op2_register().number() as u8);
-        op.seg = segment_index(insn.memory_segment());
+        op.seg = operand_segment(insn);
         op.asize = match insn.op0_kind() {
             iced_x86::OpKind::MemorySegDI => 2,
             iced_x86::OpKind::MemorySegEDI => 4,

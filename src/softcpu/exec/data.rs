@@ -4,7 +4,7 @@ use super::address::{checked, offset, read_address, write_address};
 use super::{Form, Selected, operands};
 use crate::by_width;
 use crate::core::Core;
-use crate::decode::{CodeMode, segment_index};
+use crate::decode::{CodeMode, operand_segment};
 use crate::op::{Flow, Handler, Op};
 use crate::width::Width;
 use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
@@ -277,7 +277,7 @@ pub fn select(insn: &Instruction, op: &mut Op, _mode: CodeMode) -> Option<Select
         M::Cdq => sign_to_dx::<u32>,
         M::Cqo => sign_to_dx::<u64>,
         M::Xlatb => {
-            op.seg = segment_index(insn.memory_segment());
+            op.seg = operand_segment(insn);
             op.asize = match insn.memory_base() {
                 Register::BX => 2,
                 Register::EBX => 4,

@@ -11,7 +11,7 @@ use super::address::checked;
 use crate::bulk::Run;
 use crate::by_width;
 use crate::core::{Attention, Core};
-use crate::decode::segment_index;
+use crate::decode::operand_segment;
 use crate::flags::bit::DF;
 use crate::op::{Flow, Op, Stop};
 use crate::width::Width;
@@ -195,6 +195,9 @@ fn run<W: Width>(core: &mut Core, op: &Op, segment: u8, reg: u8, write: bool, mo
     let size = W::BYTES as u64;
     let at = index(core, op, reg);
     let lin = checked(core, segment, at, size, write).ok()?;
+    if lin & (size - 1) != 0 && core.alignment_checked() {
+        return None;
+    }
     let on_page = (PAGE_SIZE - (lin & (PAGE_SIZE - 1))) / size;
     // One less than what is left, so that nothing overflows; the last element is then done by itself.
     let before_wrap = (address_mask(op.asize) - at) / size;
@@ -260,7 +263,7 @@ pub(super) fn string_operands(insn: &Instruction, op: &mut Op) {
             _ => continue,
         };
     }
-    op.seg = segment_index(insn.memory_segment());
+    op.seg = operand_segment(insn);
     op.osize = insn.memory_size().size() as u8;
 }
 

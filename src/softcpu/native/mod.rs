@@ -53,6 +53,7 @@ pub use context::{FpuContext, InvalidMxcsr, MXCSR_MASK, X87Pointers, x87_excepti
 pub use host::missing_host_features;
 pub use info::{Class, Memory, Unavailable, Unsupported};
 pub use run::Outcome;
+pub use state::enter_mmx;
 
 use hashbrown::HashMap;
 use iced_x86::{CpuidFeature, Instruction, InstructionInfoFactory};
