@@ -59,6 +59,13 @@ impl SoftCpu {
         &self.core.model
     }
 
+    /// Replaces everything architectural, as [`Vcpu::set_state`] does, and keeps what was decoded.
+    #[cfg(test)]
+    pub(crate) fn set_registers(&mut self, state: &ArchState) {
+        self.core.set_arch_state(state);
+        self.pending = None;
+    }
+
     /// Applies the answer to the last exit.
     fn take_answer(&mut self, answer: Answer) -> Result<(), VcpuError> {
         let Some(exit) = self.pending.take() else { return Ok(()) };

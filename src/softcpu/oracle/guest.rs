@@ -1,39 +1,82 @@
-//! The software CPU's side of a comparison: executes one instruction at CPL 3 and catches the exception it may raise.
+//! The side under test: any CPU of ours, executing cases at CPL 3 in a machine whose pages have the rights that the host's
+//! process has.
+//!
+//! It goes first. What it does decides whether the host may do the same: a case that reaches memory outside the arena, or
+//! does not end, is never executed natively.
 
-use super::machine::{ALL, Machine, Mode, P, RW};
-use super::silicon::{Case, WINDOW, WINDOW_LEN};
-use super::stub::{BASE, DATA, DATA_LEN, NO_TRAP, origin};
+use super::machine::{ALL, Machine, Mode, NX, P, RW, US};
+use super::place::{
+    ARENA, BASE, CODE, CODE_END, Case, DATA, DATA_LEN, FS_BASE, GS_BASE, READ_ONLY, READ_ONLY_END, SLED,
+    SPANS, Trap, origin, pattern,
+};
 use crate::CpuModel;
-use guestmem::PAGE_SIZE;
+use guestmem::{GuestMemory, PAGE_SIZE};
+use std::sync::Arc;
 use vcpu::state::seg;
 use vcpu::{ArchState, Entry, Exit, Vcpu, VcpuError};
 
-/// Length of the run of NOPs behind the instruction.
-const SLED: u64 = 128;
+/// A CPU that can be put under test. A new engine implements this and gets every family.
+pub trait Engine: Vcpu + Sized {
+    /// A CPU of `model` in a machine with this memory.
+    fn build(memory: Arc<GuestMemory>, model: CpuModel) -> Result<Self, VcpuError>;
+    /// Replaces the architectural state and keeps what was made of code so far, as a task switch would.
+    fn resume_with(&mut self, state: &ArchState);
+}
+
+impl Engine for crate::SoftCpu {
+    fn build(memory: Arc<GuestMemory>, model: CpuModel) -> Result<Self, VcpuError> {
+        Self::new(memory, model)
+    }
+    fn resume_with(&mut self, state: &ArchState) {
+        self.set_registers(state);
+    }
+}
+
+/// What became of a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Executed {
+    /// It ended, after so many ticks of its own.
+    Done { ticks: u64 },
+    /// It did what the host must not be asked to do.
+    Outside,
+}
+
+/// The longest slice for which the ticks of a case can be told from those that its end takes.
+pub const EXACT_SLICE: u64 = 12;
+const NOP: u8 = 0x90;
+/// Ticks after which a case counts as endless.
+const TICKS_AT_MOST: u64 = 2000;
 
 /// The guest.
-pub struct Guest {
-    machine: Machine,
+pub struct Guest<E> {
+    machine: Machine<E>,
+    bits: u32,
     template: ArchState,
-    address: u64,
+    /// The pages of data between cases.
+    background: Vec<u8>,
+    /// The pages of code as they are: NOPs, and the code of the case before.
+    code: Vec<u8>,
+    /// Where that is.
+    placed: std::ops::Range<usize>,
 }
 
 /// What the host has, for the user, and behind it what the supervisor needs.
 fn rights(linear: u64) -> u64 {
     match linear {
-        _ if linear < BASE + 2 * PAGE_SIZE => ALL,
-        _ if (DATA..DATA + DATA_LEN).contains(&linear) => ALL,
+        DATA..READ_ONLY => ALL | NX,
+        READ_ONLY..READ_ONLY_END => P | US | NX,
+        CODE..CODE_END => ALL,
         _ if linear >= BASE + 0x1_0000 => P | RW,
         _ => 0,
     }
 }
 
-impl Guest {
-    /// A guest that executes `bits`-bit code at `address`.
-    pub fn new(bits: u32, address: u64) -> Result<Self, Box<dyn std::error::Error>> {
-        let machine = Machine::new(BASE, rights)?;
+impl<E: Engine> Guest<E> {
+    /// A guest that executes `bits`-bit code.
+    pub fn new(bits: u32, model: &CpuModel) -> Result<Self, Box<dyn std::error::Error>> {
+        let machine = Machine::with(BASE, rights, |memory| E::build(memory, model.clone()))?;
         let mode = if bits == 64 { Mode::Long } else { Mode::Compatibility };
-        let mut template = machine.state(mode, 3, address - origin(bits));
+        let mut template = machine.state(mode, 3, 0);
         if bits == 16 {
             for segment in &mut template.segments {
                 segment.base = BASE;
@@ -41,55 +84,138 @@ impl Guest {
                 // Neither D nor G.
                 segment.attributes &= !0xc000;
             }
+        } else if bits == 64 {
+            template.segments[seg::FS].base = FS_BASE;
+            template.segments[seg::GS].base = GS_BASE;
         }
-        Ok(Self { machine, template, address })
+        // As an operating system has them: MP and AM; OSFXSR and OSXMMEXCPT.
+        template.cr0 |= 1 << 1 | 1 << 18;
+        template.cr4 |= 1 << 9 | 1 << 10;
+        let background: Vec<u8> = (DATA..READ_ONLY_END).map(pattern).collect();
+        machine.write(DATA, &background);
+        let code = vec![NOP; (CODE_END - CODE) as usize];
+        machine.write(CODE, &code);
+        let background = background[..DATA_LEN].to_vec();
+        Ok(Self { machine, bits, template, background, code, placed: 0..0 })
     }
 
-    /// The CPU model.
-    pub fn model(&self) -> &CpuModel {
-        self.machine.cpu.model()
-    }
-
-    /// Executes the case in place, `slice` ticks at a time; gives the ticks it took.
-    pub fn execute(&mut self, case: &mut Case, slice: u64) -> Result<u64, VcpuError> {
-        let machine = &mut self.machine;
-        let mut code = [0x90; SLED as usize];
-        code[..case.len].copy_from_slice(&case.bytes[..case.len]);
-        machine.write(self.address, &code);
-        machine.write(WINDOW, &case.window);
+    /// Executes the case in place, `slice` ticks at a time. A fresh one finds nothing decoded; another finds what the one
+    /// before has left.
+    pub fn execute(&mut self, case: &mut Case, fresh: bool, slice: u64) -> Result<Executed, VcpuError> {
+        let origin = origin(self.bits);
+        let end = case.end() - origin;
+        self.place_code(case);
+        for (at, offset, len) in SPANS {
+            self.machine.write(at, &case.memory[offset..offset + len]);
+        }
         let mut state = self.template.clone();
-        state.gprs = case.gprs;
-        state.rflags = case.rflags;
-        machine.cpu.set_state(&state);
-        let start = machine.cpu.ticks();
-        let after = loop {
-            let exit = machine.cpu.run(Entry::Start, machine.cpu.ticks() + slice)?;
-            assert_eq!(exit, Exit::Deadline, "in {:02x?}", &case.bytes[..case.len]);
-            let state = machine.cpu.state();
-            if state.rip != self.template.rip {
-                break state;
+        (state.gprs, state.rflags, state.rip) = (case.gprs, case.rflags, case.rip);
+        for (word, bytes) in state.fxsave.iter_mut().zip(case.fx.as_chunks::<8>().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+        let cpu = &mut self.machine.cpu;
+        if fresh {
+            cpu.set_state(&state);
+        } else {
+            cpu.resume_with(&state);
+        }
+        let start = cpu.ticks();
+        let (mut after, trap) = loop {
+            let cpu = &mut self.machine.cpu;
+            let exit = cpu.run(Entry::Start, cpu.ticks() + slice)?;
+            assert_eq!(exit, Exit::Deadline, "in {:02x?}", &case.code[..case.code_len]);
+            let ticks = cpu.ticks() - start;
+            let state = cpu.state();
+            if !case.is_open() && (end..end + SLED as u64 + 1).contains(&state.rip) {
+                break (state, None);
+            }
+            if let Some(vector) = self.machine.handler_at(state.rip) {
+                break (state, Some(self.machine.trap_of(vector)));
+            }
+            if ticks > TICKS_AT_MOST {
+                self.take_data(case);
+                self.take_code(case);
+                return Ok(Executed::Outside);
             }
         };
-        let mut ticks = machine.cpu.ticks() - start;
-        case.gprs = after.gprs;
-        case.rflags = after.rflags;
-        case.trap = NO_TRAP;
-        let end = self.template.rip + case.len as u64;
-        if let Some(trap) = machine.trap() {
-            assert_eq!(trap.rip, self.template.rip, "RIP in the frame");
+        let mut ticks = self.machine.cpu.ticks() - start;
+        case.trap = Trap::NONE;
+        if let Some(trap) = trap {
             assert_eq!(trap.cs, u64::from(self.template.segments[seg::CS].selector), "CS in the frame");
-            assert_eq!(trap.rflags >> 16 & 1, 1, "RF in the frame of a fault");
-            case.trap = trap.vector;
-            case.rflags = trap.rflags;
-            case.gprs[4] = trap.rsp;
+            let cr2 = if trap.vector == 14 { after.cr2 } else { 0 };
+            // So does an exception, and the NOPs of its handler.
+            ticks = ticks.saturating_sub(1 + after.rip % 16);
+            case.trap = Trap { vector: trap.vector, code: trap.code.unwrap_or(0), cr2 };
+            (after.rip, after.rflags, after.gprs[4]) = (trap.rip, trap.rflags, trap.rsp);
         } else {
-            // Some NOPs may have been executed too.
-            assert!((end..end + SLED).contains(&after.rip), "RIP is {:#x} after {end:#x}", after.rip);
+            // Some NOPs of the sled may have been executed too.
             ticks -= after.rip - end;
+            after.rip = end;
         }
-        machine.read(WINDOW, &mut case.window);
-        Ok(ticks)
+        (case.gprs, case.rflags, case.rip) = (after.gprs, after.rflags, after.rip);
+        for (bytes, word) in case.fx.as_chunks_mut::<8>().0.iter_mut().zip(&after.fxsave) {
+            *bytes = word.to_le_bytes();
+        }
+        let inside = case.trap.vector != 14 || ARENA.contains(&case.trap.cr2);
+        let (data, code) = (self.take_data(case), self.take_code(case));
+        Ok(if inside && data && code { Executed::Done { ticks } } else { Executed::Outside })
+    }
+
+    /// Writes the code, where it is not there already, and NOPs where the one before was: bytes that stay leave what was
+    /// decoded from them alone.
+    fn place_code(&mut self, case: &Case) {
+        let mut wanted = case.code[..case.code_len].to_vec();
+        if !case.is_open() {
+            wanted.extend([NOP; SLED]);
+            wanted.extend([0xeb, 0xfe]);
+        }
+        let at = (case.code_at - CODE) as usize;
+        let before = std::mem::replace(&mut self.placed, at..at + wanted.len());
+        let mut code = self.code.clone();
+        code[before.clone()].fill(NOP);
+        code[self.placed.clone()].copy_from_slice(&wanted);
+        for range in [before, self.placed.clone()] {
+            let differ = |i: &usize| code[*i] != self.code[*i];
+            if let (Some(first), Some(last)) = (range.clone().find(differ), range.clone().rfind(differ)) {
+                self.machine.write(CODE + first as u64, &code[first..=last]);
+                self.code[first..=last].copy_from_slice(&code[first..=last]);
+            }
+        }
+    }
+
+    /// Reads the code that the case has; false, and the rest as it was, if anything else was written.
+    fn take_code(&mut self, case: &mut Case) -> bool {
+        let now = self.machine.bytes(CODE, self.code.len());
+        let own = (case.code_at - CODE) as usize..(case.end() - CODE) as usize;
+        case.code[..case.code_len].copy_from_slice(&now[own.clone()]);
+        self.code[own.clone()].copy_from_slice(&now[own]);
+        let same = now == self.code;
+        if !same {
+            self.machine.write(CODE, &self.code);
+        }
+        same
+    }
+
+    /// Reads the data that the case has; false, and the rest as it was, if anything else was written.
+    fn take_data(&mut self, case: &mut Case) -> bool {
+        let mut data = self.machine.bytes(DATA, DATA_LEN);
+        for (at, offset, len) in SPANS {
+            let part = (at - DATA) as usize..(at - DATA) as usize + len;
+            case.memory[offset..offset + len].copy_from_slice(&data[part.clone()]);
+            data[part.clone()].copy_from_slice(&self.background[part]);
+        }
+        let same = data == self.background;
+        if !same {
+            self.machine.write(DATA, &self.background);
+        }
+        same
     }
 }
 
-const _: () = assert!(WINDOW >= DATA && WINDOW + WINDOW_LEN as u64 <= DATA + DATA_LEN);
+/// Whether the data pages of the host differ from those between cases, outside of what belongs to a case.
+pub fn strayed(data: &[u8; DATA_LEN]) -> Option<u64> {
+    let belongs = |at: u64| SPANS.iter().any(|(start, _, len)| (*start..*start + *len as u64).contains(&at));
+    (DATA..READ_ONLY).find(|&at| !belongs(at) && data[(at - DATA) as usize] != pattern(at))
+}
+
+const _: () = assert!(PAGE_SIZE == 0x1000);

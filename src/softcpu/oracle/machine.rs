@@ -9,12 +9,14 @@ use mmu::entry::Long;
 use mmu::{Controls, Intercepts, TableRoot, TlbFlush};
 use std::sync::Arc;
 use vcpu::state::seg;
-use vcpu::{ArchState, Segment, TableRegister, Vcpu};
+use vcpu::{ArchState, Segment, TableRegister, Vcpu, VcpuError};
 
 /// Page table entry bits: present, writable, user.
 pub const P: u64 = 1;
 pub const RW: u64 = 1 << 1;
 pub const US: u64 = 1 << 2;
+/// Not to be executed.
+pub const NX: u64 = 1 << 63;
 /// What user code may do anything with.
 pub const ALL: u64 = P | RW | US;
 
@@ -24,8 +26,13 @@ const GDT: u64 = 0x1_1000;
 /// The TSS. Its I/O map may extend over the page.
 pub const TSS: u64 = 0x1_2000;
 const STACK_TOP: u64 = 0x1_4000;
-/// Handlers, one every 16 bytes. They are never executed: arriving there is enough.
+/// Handlers, one every 16 bytes, each of NOPs and a jump to itself.
 const HANDLERS: u64 = 0x1_5000;
+const HANDLER: [u8; 16] = {
+    let mut code = [0x90; 16];
+    (code[14], code[15]) = (0xeb, 0xfe);
+    code
+};
 const KERNEL_CS: u64 = 8;
 
 /// What a test wants the CPU to be in.
@@ -42,8 +49,8 @@ pub enum Mode {
 }
 
 /// The machine.
-pub struct Machine {
-    pub cpu: SoftCpu,
+pub struct Machine<C = SoftCpu> {
+    pub cpu: C,
     pub memory: Arc<GuestMemory>,
     base: u64,
     root: Hpa,
@@ -63,8 +70,23 @@ pub struct Trap {
 }
 
 impl Machine {
-    /// Maps 2 MiB at `base` (a multiple of that) with rights that depend on the linear address.
+    /// A machine with the model that has most, where this host can run it.
     pub fn new(base: u64, rights: impl Fn(u64) -> u64) -> Result<Self, Box<dyn std::error::Error>> {
+        Self::with(base, rights, |memory| {
+            let largest = CpuModel::all().pop().unwrap_or_default();
+            SoftCpu::new(Arc::clone(&memory), largest).or_else(|_| SoftCpu::new(memory, CpuModel::default()))
+        })
+    }
+}
+
+impl<C: Vcpu> Machine<C> {
+    /// Maps 2 MiB at `base` (a multiple of that) with rights that depend on the linear address, for the CPU that `build`
+    /// makes.
+    pub fn with(
+        base: u64,
+        rights: impl Fn(u64) -> u64,
+        build: impl Fn(Arc<GuestMemory>) -> Result<C, VcpuError>,
+    ) -> Result<Self, Box<dyn std::error::Error>> {
         let len = 512 * PAGE_SIZE;
         let config = MemoryConfig {
             regions: vec![RegionConfig { base: Gpa(0), len, kind: RegionKind::Ram }],
@@ -83,10 +105,7 @@ impl Machine {
                 .write_u64(pair[0].wrapping_add(index * 8), pair[1].0 | ALL)
                 .ok_or("no such table")?;
         }
-        // The model that has most, where this host can run it.
-        let largest = CpuModel::all().pop().unwrap_or_default();
-        let cpu = SoftCpu::new(Arc::clone(&memory), largest)
-            .or_else(|_| SoftCpu::new(Arc::clone(&memory), CpuModel::default()))?;
+        let cpu = build(Arc::clone(&memory))?;
         let mut machine = Self { cpu, memory, base, root: tables[0], leaves: tables[3] };
         for page in 0..512 {
             let linear = base + page * PAGE_SIZE;
@@ -114,7 +133,7 @@ impl Machine {
     /// Chooses what exits.
     pub fn intercept(&mut self, intercepts: Intercepts) {
         let format = Long { levels: 4, nxe: true, phys_bits: 46, gib_pages: false };
-        let controls = Controls { wp: true, ..Controls::default() };
+        let controls = Controls { wp: true, nxe: true, ..Controls::default() };
         self.cpu.set_translation(TableRoot::Shadow { root: self.root, format, controls }, intercepts);
     }
 
@@ -140,7 +159,10 @@ impl Machine {
     fn write_tables(&self) {
         for vector in 0..32u64 {
             let handler = self.base + HANDLERS + vector * 16;
-            let low = handler & 0xffff | KERNEL_CS << 16 | 0x8e << 40 | (handler >> 16 & 0xffff) << 48;
+            // INT3 and INTO are for everybody.
+            let kind = if matches!(vector, 3 | 4) { 0xee } else { 0x8e };
+            let low = handler & 0xffff | KERNEL_CS << 16 | kind << 40 | (handler >> 16 & 0xffff) << 48;
+            self.write(handler, &HANDLER);
             self.write(self.base + IDT + vector * 16, &low.to_le_bytes());
             self.write(self.base + IDT + vector * 16 + 8, &(handler >> 32).to_le_bytes());
         }
@@ -176,15 +198,23 @@ impl Machine {
         state
     }
 
+    /// The vector whose handler is at `rip`.
+    pub fn handler_at(&self, rip: u64) -> Option<u64> {
+        rip.checked_sub(self.base + HANDLERS).filter(|offset| *offset < 32 * 16).map(|offset| offset / 16)
+    }
+
     /// The exception whose handler RIP has arrived at, if it has.
     pub fn trap(&self) -> Option<Trap> {
-        let offset = self.cpu.state().rip.checked_sub(self.base + HANDLERS).filter(|o| *o < 32 * 16)?;
-        let vector = offset / 16;
+        Some(self.trap_of(self.handler_at(self.cpu.state().rip)?))
+    }
+
+    /// The exception of that vector, from the frame on the stack.
+    pub fn trap_of(&self, vector: u64) -> Trap {
         let has_code = matches!(vector, 8 | 10..=14 | 17);
         // With an error code the stack, aligned before, is one word further down.
         let frame = self.bytes(self.base + STACK_TOP - 48, 48);
         let word = |i: usize| u64::from_le_bytes(std::array::from_fn(|b| frame[8 * i + b]));
         let code = has_code.then(|| word(0));
-        Some(Trap { vector, code, rip: word(1), cs: word(2), rflags: word(3), rsp: word(4) })
+        Trap { vector, code, rip: word(1), cs: word(2), rflags: word(3), rsp: word(4) }
     }
 }
