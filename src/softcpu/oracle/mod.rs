@@ -6,7 +6,7 @@
 //! anything that implements [`guest::Engine`].
 //!
 //! `ANTUMBRA_ORACLE_CASES` says how many instructions are compared, `ANTUMBRA_ORACLE_SECONDS` for how long instead,
-//! `ANTUMBRA_ORACLE_START` begins at a given place (a run without it begins anywhere and says where), and
+//! `ANTUMBRA_ORACLE_START` begins at a given place (a run for a given time otherwise begins anywhere and says where), and
 //! `ANTUMBRA_ORACLE_SEED` executes one scenario again. Flags and results that the manual leaves undefined differ between
 //! processors; the software CPU has those of AMD's Zen 3, and `ANTUMBRA_ORACLE_STRICT=1` compares them too. Without it they
 //! are only counted.

@@ -2,7 +2,9 @@
 
 use super::family::Family;
 use super::opcodes::Opcodes;
-use super::place::{CODE, CODE_END, CODE_LEN, Case, DATA, MEMORY_LEN, READ_ONLY_END, Trap, origin};
+use super::place::{
+    CODE, CODE_END, CODE_LEN, Case, DATA, MEMORY_LEN, READ_ONLY, READ_ONLY_END, Trap, origin,
+};
 use super::random::{PLAIN_IMAGE, Random};
 use super::steer::{self, Reach};
 use super::undefined;
@@ -143,7 +145,12 @@ pub fn case(
     // Which of two faults comes first is left to the processor where state is loaded and stored in parts.
     let open =
         operand.is_some() && (is_in_parts(&insn) && over || at & 15 != 0 && (wants_alignment(&insn) || both));
-    (!open).then_some((case, insn))
+    // With an address of 32 bits, what lies before the base of GS cannot be reached.
+    let masked = matches!(insn.mnemonic(), Mnemonic::Maskmovq | Mnemonic::Maskmovdqu);
+    let size = 8 * steer::address_size(&insn).clamp(1, 8);
+    let to = (case.gprs[7] & u64::MAX >> (64 - size)).wrapping_add(steer::segment_base(&insn, bits));
+    let astray = masked && !(DATA..READ_ONLY).contains(&to);
+    (!open && !astray).then_some((case, insn))
 }
 
 /// The manual wants SHA's operands aligned, and some processors let others pass.
@@ -252,14 +259,15 @@ pub fn mxcsr_mask(insn: &Instruction, before: &Case, bits: u32) -> Option<std::o
     Some(at + 28..at + 32)
 }
 
-/// Whether it is left to the processor which byte of the operand it misses first: vector states and x87 environments are
-/// read and written in parts.
+/// Whether it is left to the processor which byte of the operand it misses first: vector states, x87 environments and pairs
+/// of bounds are read and written in parts.
 pub fn is_in_parts(insn: &Instruction) -> bool {
     use Mnemonic as M;
     // MASKMOVQ may report its operand or the byte.
     matches!(
         insn.mnemonic(),
-        M::Maskmovq
+        M::Bound
+            | M::Maskmovq
             | M::Maskmovdqu
             | M::Fldenv
             | M::Frstor
