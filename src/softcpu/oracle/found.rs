@@ -1,6 +1,6 @@
 //! What the oracle has found in the software CPU: a test for each, which needs no host.
 
-use super::guest::{Executed, Guest};
+use super::guest::{EXACT_SLICE, Executed, Guest};
 use super::place::{CODE, CODE_LEN, Case, DATA, MEMORY_LEN, READ_ONLY, READ_ONLY_END, Trap, origin};
 use super::random::PLAIN_IMAGE;
 use crate::flags::bit::AC;
@@ -27,7 +27,7 @@ fn case(bits: u32, code: &[u8]) -> Case {
 
 fn run(bits: u32, case: &mut Case) {
     let mut guest = Guest::<SoftCpu>::new(bits, &CpuModel::default()).unwrap_or_else(|e| panic!("{e}"));
-    let executed = guest.execute(case, true, 1).unwrap_or_else(|e| panic!("{e}"));
+    let executed = guest.execute(case, true, EXACT_SLICE).unwrap_or_else(|e| panic!("{e}"));
     assert!(matches!(executed, Executed::Done { .. }));
 }
 
