@@ -109,6 +109,21 @@ fn dependencies_point_one_way() {
         ("devices", &[]),
         ("boot", &[]),
         ("guests", &[]),
+        (
+            "harness",
+            &[
+                "antumbra",
+                "boot",
+                "devices",
+                "equivalence",
+                "guestmem",
+                "guests",
+                "mmu",
+                "reference",
+                "softcpu",
+                "vcpu",
+            ],
+        ),
         ("antumbra", &["boot", "devices", "ept", "guestmem", "guests", "mmu", "shadow", "softcpu", "vcpu"]),
     ]);
     let output = Command::new(env!("CARGO"))

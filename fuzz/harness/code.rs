@@ -1,0 +1,129 @@
+//! Target `code`: bytes executed as instructions, in every mode, on the whole machine of [`crate::seat`] under both MMU
+//! backends. Nothing may panic, fail, or run on without limit; the backend's audit must hold at the end; the same run must
+//! repeat to the last count. And where no table was changed, so that no TLB can hold a translation of before, both
+//! backends must leave the same registers and the same memory.
+
+use crate::seat::{CODE_LEN, Mode, Seat, Seated};
+use crate::take::Take;
+use crate::{Reached, Target};
+use antumbra::{End, Limits, Machine, MachineConfig, MmuKind, Report, Wiring};
+use guestmem::{Gpa, Policy};
+use mmu::Counter;
+use softcpu::CpuModel;
+use vcpu::ArchState;
+
+/// The target.
+pub const TARGET: Target = Target {
+    name: "code",
+    body: code,
+    longest: 3 + CODE_LEN,
+    cases: 600,
+    expected: &[
+        ("20 instructions", 50),
+        ("exception", 40),
+        ("fault of the engine's", 50),
+        ("backends compared", 50),
+    ],
+};
+
+/// Memory of the machine.
+const MEMORY: u64 = 2 << 20;
+/// A run is stopped after so many instructions.
+const INSTRUCTIONS: u64 = 600;
+
+/// One run.
+struct Ran {
+    end: End,
+    report: Report,
+    state: ArchState,
+    memory: Vec<u8>,
+    /// Tables and paging registers stayed as they were, as far as the shadow backend can tell.
+    steady: bool,
+    counts: [(&'static str, u64); 4],
+}
+
+fn run(seat: Seat, policy: Policy, image: &[u8], mmu: MmuKind) -> Ran {
+    let config = MachineConfig {
+        memory: MEMORY,
+        policy,
+        table_memory: 512 << 10,
+        limits: Limits { instructions: Some(INSTRUCTIONS), seconds: None },
+        ..MachineConfig::new("code", image.to_vec()).with_mmu(mmu)
+    };
+    let model = CpuModel::default();
+    let mut machine = Machine::with_cpu(config, Wiring::default(), model.tsc_hz(), |memory| {
+        Ok(Box::new(Seated::new(memory, model, seat)?))
+    })
+    .unwrap_or_else(|error| panic!("the machine could not be built: {error}"));
+    let ended = machine.run();
+    let report = machine.report(&ended);
+    let end = ended.unwrap_or_else(|error| panic!("{} failed under {seat:?}: {error}", mmu.name()));
+    machine.audit().unwrap_or_else(|error| panic!("{} under {seat:?}: {error}", mmu.name()));
+    assert_eq!(machine.faults_taken(), machine.fault_outcomes(), "faults are the sum of their outcomes");
+    let mut memory = vec![0; MEMORY as usize];
+    // The hole for video memory is no memory.
+    for (gpa, len) in [(0, 0xa_0000), (0xe_0000, MEMORY as usize - 0xe_0000)] {
+        let part = &mut memory[gpa..gpa + len];
+        machine.memory().read(Gpa(gpa as u64), part).unwrap_or_else(|error| panic!("{error}"));
+    }
+    let counters = machine.counters();
+    let sum = |of: &[Counter]| of.iter().map(|&c| counters.get(c)).sum();
+    let changes = [Counter::ExitPagingControl, Counter::ExitCr3Load, Counter::FaultsTableWrite];
+    let counts = [
+        ("exception", sum(&[Counter::GuestPageFaults, Counter::GuestExceptions])),
+        ("fault of the engine's", sum(&[Counter::FaultsHidden])),
+        ("table write", sum(&[Counter::FaultsTableWrite])),
+        ("device access", sum(&[Counter::ExitPio, Counter::FaultsMmio])),
+    ];
+    Ran { end, report, state: machine.cpu().state(), memory, steady: sum(&changes) == 0, counts }
+}
+
+/// Under one backend, twice.
+fn repeat(seat: Seat, policy: Policy, image: &[u8], mmu: MmuKind) -> Ran {
+    let [first, second] = [(); 2].map(|()| run(seat, policy, image, mmu));
+    let context = || format!("{} under {seat:?}, {policy:?}", mmu.name());
+    assert_eq!(first.end, second.end, "{} ends anew", context());
+    assert_eq!(first.report.counts, second.report.counts, "{} counts anew", context());
+    assert_eq!(first.state, second.state, "{} leaves other registers", context());
+    assert!(first.memory == second.memory, "{} leaves another memory", context());
+    first
+}
+
+/// What one byte says of the policy: frames in order, at first touch, or shuffled.
+fn policy(choice: u8) -> Policy {
+    match choice % 3 {
+        0 => Policy::Linear,
+        1 => Policy::Demand,
+        _ => Policy::Scatter { seed: choice.into() },
+    }
+}
+
+/// The body.
+pub fn code(data: &[u8]) -> Reached {
+    let mut take = Take::new(data);
+    let mode = Mode::ALL[usize::from(take.u8()) % Mode::ALL.len()];
+    let seat = Seat { mode, options: take.u8() };
+    let policy = policy(take.u8());
+    let image = seat.image(take.rest());
+    let shadow = repeat(seat, policy, &image, MmuKind::Shadow);
+    let ept = repeat(seat, policy, &image, MmuKind::Ept);
+
+    let mut reached = Reached::default();
+    let instructions = shadow.report.counts.instructions;
+    assert!(instructions <= INSTRUCTIONS, "{instructions} instructions are past the limit");
+    reached.add("20 instructions", u64::from(instructions >= 20));
+    for (place, times) in shadow.counts {
+        reached.add(place, times);
+    }
+    if shadow.steady {
+        let context = || format!("shadow and ept differ under {seat:?}, {policy:?}");
+        assert_eq!(shadow.end, ept.end, "{}", context());
+        assert_eq!(shadow.state, ept.state, "{}", context());
+        let differs = shadow.memory.iter().zip(&ept.memory).position(|(a, b)| a != b);
+        if let Some(gpa) = differs {
+            panic!("{}: byte {gpa:#x} is {:#x} and {:#x}", context(), shadow.memory[gpa], ept.memory[gpa]);
+        }
+        reached.note("backends compared");
+    }
+    reached
+}
