@@ -190,5 +190,7 @@ fn texts() -> Vec<Seed> {
         ("texts", "report".into(), json(1, serde_json::to_vec(&runs[0]))),
         ("texts", "comparison".into(), json(2, serde_json::to_vec(&comparison))),
         ("texts", "job".into(), json(3, serde_json::to_vec(&job))),
+        ("texts", "altered".into(), [vec![4], noise(3, 200)].concat()),
+        ("texts", "altered-once".into(), vec![5, 0, 0, 0, 0, 2, 0, 1, 0, 4, 0, 1, 9, 6, 3]),
     ]
 }
