@@ -111,9 +111,9 @@ impl Counts {
         self.counters.get(counter.key()).copied().unwrap_or(0)
     }
 
-    /// The sum of several counters.
+    /// The sum of several counters. It stops at the largest number: a report that is read from a file may say anything.
     pub fn sum(&self, counters: &[Counter]) -> u64 {
-        counters.iter().map(|&c| self.get(c)).sum()
+        counters.iter().map(|&c| self.get(c)).fold(0, u64::saturating_add)
     }
 }
 
@@ -191,5 +191,39 @@ mod tests {
         let counts = Counts { counters: map, ..Counts::default() };
         assert_eq!(counts.get(Counter::WalkReferences), 7);
         assert_eq!(counts.sum(&[Counter::WalkReferences, Counter::TlbMisses]), 7);
+    }
+
+    #[test]
+    fn absurd_counts_of_a_file_are_summed_and_shown() {
+        let pair = [Counter::WalkReferences, Counter::TlbMisses];
+        let counters = pair.map(|c| (c.key().to_owned(), u64::MAX)).into_iter().collect();
+        let device = ("RTC".to_owned(), Accesses { reads: u64::MAX, writes: 1 });
+        let counts = Counts { counters, devices: [device].into_iter().collect(), ..Counts::default() };
+        assert_eq!(counts.sum(&pair), u64::MAX);
+        let machine = MachineFacts {
+            guest: "absurd".into(),
+            image: String::new(),
+            mmu: String::new(),
+            mmu_switches: Vec::new(),
+            cpu: String::new(),
+            cpu_model: String::new(),
+            clock: String::new(),
+            policy: String::new(),
+            memory: u64::MAX,
+            table_memory: 0,
+            cmdline: String::new(),
+        };
+        let report = Report {
+            version: FORMAT_VERSION,
+            machine,
+            end: None,
+            sentence: String::new(),
+            status: 0,
+            counts,
+            rates: IndexMap::new(),
+            times: Times::default(),
+            notes: Vec::new(),
+        };
+        assert!(crate::tables::report(&report).contains("18,446,744,073,709,551,615"));
     }
 }

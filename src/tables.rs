@@ -104,7 +104,7 @@ fn counts(report: &Report) -> String {
 
 fn devices(report: &Report) -> String {
     let mut table = plain(&["", "reads", "writes"]);
-    for (name, a) in report.counts.devices.iter().filter(|(_, a)| a.reads + a.writes > 0) {
+    for (name, a) in report.counts.devices.iter().filter(|(_, a)| a.reads > 0 || a.writes > 0) {
         add_row(&mut table, name, [grouped(a.reads), grouped(a.writes)]);
     }
     render(&table)

@@ -17,7 +17,7 @@ pub const TARGET: Target = Target {
     name: "code",
     body: code,
     longest: 3 + CODE_LEN,
-    cases: 600,
+    cases: 1500,
     expected: &[
         ("20 instructions", 50),
         ("exception", 40),
@@ -108,7 +108,8 @@ pub fn code(data: &[u8]) -> Reached {
 
     let mut reached = Reached::default();
     let instructions = shadow.report.counts.instructions;
-    assert!(instructions <= INSTRUCTIONS, "{instructions} instructions are past the limit");
+    // The last one may be single-stepped: the exception counts too.
+    assert!(instructions <= INSTRUCTIONS + 1, "{instructions} instructions are past the limit");
     reached.add("20 instructions", u64::from(instructions >= 20));
     for (place, times) in shadow.counts {
         reached.add(place, times);

@@ -19,7 +19,7 @@ pub const TARGET: Target = Target {
     name: "lives",
     body: lives,
     longest: 1536,
-    cases: 600,
+    cases: 1500,
     expected: &[("memory reached", 30), ("page fault", 30), ("fault fixed", 50), ("table write", 15)],
 };
 

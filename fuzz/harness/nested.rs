@@ -21,7 +21,7 @@ pub const TARGET: Target = Target {
     name: "nested",
     body: nested,
     longest: 1024,
-    cases: 10000,
+    cases: 15000,
     expected: &[("translation", 15), ("page fault", 15), ("exit", 15), ("flag set", 20)],
 };
 

@@ -11,7 +11,7 @@ pub const TARGET: Target = Target {
     name: "registers",
     body: registers,
     longest: 2048,
-    cases: 6000,
+    cases: 40000,
     expected: &[("port read", 50), ("device memory", 40), ("interrupt taken", 5), ("event", 30)],
 };
 

@@ -14,7 +14,7 @@ pub const TARGET: Target = Target {
     name: "texts",
     body: texts,
     longest: 16 << 10,
-    cases: 8000,
+    cases: 40000,
     expected: &[("understood", 5), ("refused", 30)],
 };
 

@@ -16,7 +16,7 @@ pub const TARGET: Target = Target {
     name: "walker",
     body: walker,
     longest: 1024,
-    cases: 20000,
+    cases: 30000,
     expected: &[("translation", 20), ("page fault", 40), ("flag set", 10)],
 };
 
