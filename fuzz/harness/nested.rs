@@ -76,7 +76,7 @@ impl Machine {
             255 => return self.put(table + index * 8, take.u64()),
             254 => 0x20_0000,
             253 => 0x4000_0000,
-            other => u64::from(other) % (EPT_FRAMES + GUEST_FRAMES + 2) << 12,
+            other => (u64::from(other) % (EPT_FRAMES + GUEST_FRAMES + 2)) << 12,
         };
         let high = if take.u8() < 224 { 0 } else { 1 << take.below(64) };
         // Permissive, a leaf of write-back memory; a set bit changes that.

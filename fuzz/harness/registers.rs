@@ -30,7 +30,7 @@ const MOST_INTERRUPTS: usize = 256;
 fn port(take: &mut Take<'_>) -> u16 {
     match take.u8() {
         255 => take.u16(),
-        n => HOMES[usize::from(n) % HOMES.len()] + u16::from(n / 21 & 3),
+        n => HOMES[usize::from(n) % HOMES.len()] + u16::from((n / 21) & 3),
     }
 }
 
