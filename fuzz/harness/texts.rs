@@ -66,7 +66,9 @@ fn a_report(report: &Report) -> bool {
     assert!(!shown.is_empty());
     let text = serde_json::to_string(report).expect("a report is plain data");
     let again: Report = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text}"));
-    assert_eq!(serde_json::to_string(&again).expect("a report is plain data"), text, "a report reads back");
+    let written = serde_json::to_string(&again).expect("a report is plain data");
+    let differs = written.bytes().zip(text.bytes()).position(|(a, b)| a != b);
+    assert!(written == text, "a report reads back otherwise from byte {differs:?} on: {again:?}");
     true
 }
 

@@ -119,9 +119,13 @@ impl<'a> ElfImage<'a> {
         if physical {
             return Ok(entry);
         }
-        let inside = self.loads.iter().find(|load| entry.wrapping_sub(load.virt) < load.len);
+        // Virtual addresses are the image's own affair: a range that runs past their end does not begin again at 0.
+        let inside = self.loads.iter().find_map(|load| {
+            let offset = entry.checked_sub(load.virt).filter(|&offset| offset < load.len)?;
+            Some(load.gpa.wrapping_add(offset))
+        });
         match inside {
-            Some(load) => Ok(load.gpa.wrapping_add(entry - load.virt)),
+            Some(gpa) => Ok(gpa),
             None => refuse(WHAT, "e_entry", entry, "in none of the loaded segments"),
         }
     }

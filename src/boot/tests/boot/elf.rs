@@ -163,6 +163,18 @@ fn absurd_segments_are_refused() {
 }
 
 #[test]
+fn an_entry_behind_the_end_of_virtual_addresses_is_refused() {
+    let machine = Machine::new(16 << 20);
+    // By arithmetic without carry, 0x1000 would be 0x2000 bytes into the segment.
+    let around = Segment { vaddr: u64::MAX - 0xfff, memsz: 0x1_0000, ..Segment::at(0x20_0000, &[0x90; 64]) };
+    let message =
+        machine.load(&Elf::wide(0x1000, vec![around.clone()]).build(), |_| ()).unwrap_err().to_string();
+    assert!(message.contains("e_entry"), "{message}");
+    let state = machine.load(&Elf::wide(u64::MAX - 0xff8, vec![around]).build(), |_| ()).unwrap();
+    assert_eq!(state.rip, 0x20_0007);
+}
+
+#[test]
 fn foreign_elfs_are_refused_by_field() {
     let machine = Machine::new(16 << 20);
     let good = Elf::wide(0x10_0000, two_segments()).build();
