@@ -14,7 +14,7 @@ pub const TARGET: Target = Target {
     body: images,
     longest: 12 << 10,
     cases: 8000,
-    expected: &[("loaded", 10), ("refused", 20)],
+    expected: &[("loaded", 5), ("refused", 20)],
 };
 
 const PAGE: u64 = 0x1000;

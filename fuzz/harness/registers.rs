@@ -12,7 +12,7 @@ pub const TARGET: Target = Target {
     body: registers,
     longest: 2048,
     cases: 40000,
-    expected: &[("port read", 50), ("device memory", 40), ("interrupt taken", 5), ("event", 30)],
+    expected: &[("port read", 50), ("device memory", 40), ("interrupt taken", 4), ("event", 8)],
 };
 
 const MOST_STEPS: usize = 256;

@@ -113,13 +113,18 @@ fn apply(change: &Change, input: &mut Vec<u8>, corpus: &[(String, Vec<u8>)]) {
     }
 }
 
-/// Mutations of the corpus mostly, noise sometimes.
+/// Mutations of the corpus mostly, noise sometimes. What a fuzzer found is many and short, and often no more than a rare
+/// refusal; half of the mutations are of the others, which get deep.
 fn input(target: &Target, corpus: Vec<(String, Vec<u8>)>) -> impl Strategy<Value = Vec<u8>> + use<> {
     let longest = target.longest;
     let noise = prop::collection::vec(any::<u8>(), 0..longest.min(1024));
+    let deep: Vec<_> = (0..corpus.len()).filter(|&n| !corpus[n].0.starts_with("found-")).collect();
+    let which = (any::<bool>(), any::<Index>());
     let mutated =
-        (any::<Index>(), prop::collection::vec(change(), 1..24)).prop_map(move |(which, changes)| {
-            let mut input = corpus[which.index(corpus.len())].1.clone();
+        (which, prop::collection::vec(change(), 1..24)).prop_map(move |((whole, which), changes)| {
+            let any = whole || deep.is_empty();
+            let which = if any { which.index(corpus.len()) } else { *which.get(&deep) };
+            let mut input = corpus[which].1.clone();
             changes.iter().for_each(|change| apply(change, &mut input, &corpus));
             input.truncate(longest);
             input
