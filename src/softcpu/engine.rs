@@ -126,15 +126,6 @@ impl SoftCpu {
                 match self.attend()? {
                     Attended::Run => {}
                     Attended::Leave(exit) => return Ok(exit),
-                    // Exceptions can follow one another for ever with no instruction between (an alignment check while an
-                    // alignment check is delivered, a breakpoint on the first instruction of its own handler): each is a
-                    // tick, so that the deadline ends it.
-                    Attended::Again if self.core.attention.contains(Attention::EVENT) => {
-                        if self.core.ticks >= self.core.deadline {
-                            return Ok(Exit::Deadline);
-                        }
-                        continue;
-                    }
                     Attended::Again => continue,
                 }
             }
@@ -250,6 +241,13 @@ impl SoftCpu {
         {
             core.attention.remove(Attention::TABLE_STORES);
             return Ok(Leave(Exit::TableWritten(std::mem::take(&mut core.table_stores))));
+        }
+        // What is left waits for the deadline. Of a change of the paging state the backend is told there, and an event is
+        // delivered through the tables as they are after it; and exceptions can follow one another for ever with no
+        // instruction between (an alignment check while an alignment check is delivered, a breakpoint on the first
+        // instruction of its own handler), each of them a tick.
+        if core.ticks >= core.deadline {
+            return Ok(Leave(Exit::Deadline));
         }
         if core.attention.contains(Attention::EVENT) {
             return self.deliver_event();

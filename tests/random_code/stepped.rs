@@ -1,0 +1,168 @@
+//! Two machines side by side, stepped and compared.
+
+use crate::case::Case;
+use crate::choose::Choose;
+use crate::layout::{Image, TABLES, first_state};
+use antumbra::{End, Limits, Machine, MachineConfig, MmuKind, MmuOptions, Wiring};
+use guestmem::{Gpa, PAGE_SIZE};
+use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
+use softcpu::SoftCpu;
+use vcpu::{ArchState, Entry, Exit, Vcpu, VcpuError};
+
+/// A software CPU that begins in a state of the test's, and forgets its TLB whenever it is entered.
+struct Stepped {
+    cpu: SoftCpu,
+    first: ArchState,
+    flush: bool,
+}
+
+impl Vcpu for Stepped {
+    fn run(&mut self, entry: Entry, deadline: u64) -> Result<Exit, VcpuError> {
+        if self.flush {
+            self.cpu.flush(TlbFlush::All);
+        }
+        self.cpu.run(entry, deadline)
+    }
+    fn ticks(&self) -> u64 {
+        self.cpu.ticks()
+    }
+    fn add_ticks(&mut self, ticks: u64) {
+        self.cpu.add_ticks(ticks);
+    }
+    fn retired(&self) -> u64 {
+        self.cpu.retired()
+    }
+    fn paging_state(&self) -> PagingState {
+        self.cpu.paging_state()
+    }
+    fn set_translation(&mut self, root: TableRoot, intercepts: Intercepts) {
+        self.cpu.set_translation(root, intercepts);
+    }
+    fn flush(&mut self, flush: TlbFlush) {
+        self.cpu.flush(flush);
+    }
+    fn can_take_interrupt(&self) -> bool {
+        self.cpu.can_take_interrupt()
+    }
+    fn inject_interrupt(&mut self, vector: u8) {
+        self.cpu.inject_interrupt(vector);
+    }
+    fn inject_nmi(&mut self) {
+        self.cpu.inject_nmi();
+    }
+    fn request_interrupt_window(&mut self, wanted: bool) {
+        self.cpu.request_interrupt_window(wanted);
+    }
+    fn state(&self) -> ArchState {
+        self.cpu.state()
+    }
+    /// The boot protocol's state gives way to the test's.
+    fn set_state(&mut self, _state: &ArchState) {
+        self.cpu.set_state(&self.first);
+    }
+    fn counters(&self) -> &Counters {
+        self.cpu.counters()
+    }
+}
+
+/// The least memory there is.
+const MEMORY: u64 = 4 << 20;
+
+fn machine(case: &Case, image: &Image, mmu: MmuKind) -> Machine {
+    let guest = guests::find("hello").expect("it is embedded");
+    let config = MachineConfig {
+        memory: MEMORY,
+        table_memory: 1 << 20,
+        policy: case.policies[usize::from(mmu == MmuKind::Ept)],
+        mmu_options: MmuOptions { shadow: case.shadow.clone(), ept: case.ept },
+        ..MachineConfig::for_guest(guest).with_mmu(mmu)
+    };
+    let model = softcpu::CpuModel::default();
+    let machine = Machine::with_cpu(config, Wiring::default(), model.tsc_hz(), |memory| {
+        let cpu = SoftCpu::new(memory, model)?;
+        let first = first_state(cpu.state(), &case.mode, image, case.gprs, case.rflags);
+        Ok(Box::new(Stepped { cpu, first, flush: !case.still }))
+    });
+    let machine = machine.unwrap_or_else(|e| panic!("{e}"));
+    machine.memory().write(Gpa(u64::from(Image::BASE)), image.bytes()).unwrap_or_else(|e| panic!("{e}"));
+    machine
+}
+
+/// Runs on for so many ticks; how it ended, where it did before.
+fn step(machine: &mut Machine, ticks: u64) -> Result<Option<End>, String> {
+    let instructions = Some(machine.cpu().retired() + ticks);
+    machine.set_limits(Limits { instructions, seconds: None });
+    match machine.run() {
+        Ok(End::InstructionLimit { .. }) => Ok(None),
+        Ok(end) => Ok(Some(end)),
+        Err(error) => Err(format!("{} failed: {error}", machine.mmu().name())),
+    }
+}
+
+/// What is not the same, a line a field.
+fn difference(shadow: &ArchState, ept: &ArchState) -> String {
+    let [shadow, ept] = [shadow, ept].map(|state| format!("{state:#x?}"));
+    let lines = shadow.lines().zip(ept.lines()).filter(|(a, b)| a != b);
+    lines.take(12).map(|(a, b)| format!("  shadow {:40} ept {}\n", a.trim(), b.trim())).collect()
+}
+
+fn place(state: &ArchState) -> String {
+    let cs = &state.segments[vcpu::state::seg::CS];
+    format!("{:#x}:{:#x} (flags {:#x}, cr3 {:#x})", cs.selector, state.rip, state.rflags, state.cr3)
+}
+
+/// Runs the case under both backends; an error says where they part.
+pub fn run_both(case: &Case) -> Result<(), String> {
+    let image = case.image();
+    let [mut shadow, mut ept] = MmuKind::ALL.map(|mmu| machine(case, &image, mmu));
+    let choose = &mut Choose::from_seed(case.seed);
+    let mut course = vec![place(&shadow.cpu().state())];
+    for number in 0..case.steps {
+        let ticks = if case.still { 1 + choose.below(12) } else { 1 };
+        let ended = (step(&mut shadow, ticks)?, step(&mut ept, ticks)?);
+        let states = (shadow.cpu().state(), ept.cpu().state());
+        if ended.0 != ended.1 || states.0 != states.1 {
+            let from = course.len().saturating_sub(8);
+            return Err(format!(
+                "after {} steps the backends differ: {:?}\n{}the course before:\n  {}",
+                number + 1,
+                ended,
+                difference(&states.0, &states.1),
+                course[from..].join("\n  "),
+            ));
+        }
+        if ended.0.is_some() {
+            break;
+        }
+        course.push(place(&states.0));
+    }
+    for machine in [&shadow, &ept] {
+        machine.audit().map_err(|e| format!("{}: {e}", machine.mmu().name()))?;
+    }
+    let from = course.len().saturating_sub(8);
+    // What lies beyond the tables' reach takes long to look at, and is touched rarely.
+    let upto = if case.seed.is_multiple_of(16) { MEMORY } else { 2 * u64::from(TABLES.end) };
+    compare_memory(&shadow, &ept, upto).map_err(|e| format!("{e}\nthe course before:\n  {}", course[from..].join("\n  ")))
+}
+
+fn compare_memory(shadow: &Machine, ept: &Machine, upto: u64) -> Result<(), String> {
+    let mut pages = [[0; PAGE_SIZE as usize]; 2];
+    for at in (0..upto).step_by(PAGE_SIZE as usize) {
+        let read = [shadow, ept].into_iter().zip(&mut pages).map(|(m, page)| m.memory().read(Gpa(at), page).is_ok());
+        let there: Vec<_> = read.collect();
+        if there != [true, true] {
+            continue;
+        }
+        if let Some(byte) = (0..pages[0].len()).find(|&i| pages[0][i] != pages[1][i]) {
+            let byte8 = byte & !7;
+            let word = |page: &[u8]| u64::from_le_bytes(std::array::from_fn(|i| page[byte8 + i]));
+            return Err(format!(
+                "memory differs at {:#x}: shadow {:#018x}, ept {:#018x}",
+                at as usize + byte8,
+                word(&pages[0]),
+                word(&pages[1])
+            ));
+        }
+    }
+    Ok(())
+}
