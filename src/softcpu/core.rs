@@ -43,6 +43,8 @@ bitflags::bitflags! {
         const TABLE_STORES = 1 << 9;
         /// The hardware walk has set flags in a frame of decoded bytes: drop what was decoded from them.
         const HOST_WRITES = 1 << 10;
+        /// A task was switched to and is to be entered ([`crate::task`]).
+        const ARRIVAL = 1 << 11;
     }
 }
 
@@ -414,16 +416,26 @@ impl Core {
         let old = self.flags.all();
         let new = (old & !mask) | (value & mask);
         self.flags.set_all(new);
+        self.native.fresh_resume = new & bit::RF != 0;
         if (old ^ new) & (bit::AC | bit::TF | bit::RF | bit::VM) != 0 {
-            self.native.fresh_resume = new & bit::RF != 0;
             self.mode_changed();
         }
     }
 
-    /// Holds interrupts off for the next instruction (STI, MOV SS, POP SS).
+    /// Holds interrupts off for the next instruction (STI).
     pub fn hold_interrupts(&mut self) {
         self.attention.insert(Attention::SHADOW);
-        self.native.fresh_shadow = true;
+        (self.native.fresh_shadow, self.native.stack_shadow) = (true, false);
+    }
+
+    /// Holds interrupts and debug exceptions off for the next instruction (MOV SS, POP SS). Of several loads of SS in a
+    /// row only the first does, or they could hold them off for ever (SDM Vol. 3 §6.8.3).
+    pub fn hold_events(&mut self) {
+        if self.attention.contains(Attention::SHADOW) && self.native.stack_shadow {
+            return;
+        }
+        self.attention.insert(Attention::SHADOW);
+        (self.native.fresh_shadow, self.native.stack_shadow) = (true, true);
     }
 
     /// Makes the TLB forget, and counts it.
@@ -439,6 +451,7 @@ impl Core {
             && !self.attention.intersects(
                 Attention::SHADOW
                     | Attention::EVENT
+                    | Attention::ARRIVAL
                     | Attention::TRANSIENT
                     | Attention::SHUTDOWN
                     | Attention::CODE_WRITE

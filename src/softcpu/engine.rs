@@ -112,9 +112,11 @@ impl SoftCpu {
     fn except(&mut self) {
         let core = &mut self.core;
         core.end_transient();
-        core.attention.remove(Attention::CODE_WRITE);
+        // A task that cannot be entered is the one that runs all the same.
+        core.attention.remove(Attention::CODE_WRITE | Attention::ARRIVAL);
+        core.native.arrival = None;
         // Of an instruction that is not complete no data breakpoint is reported: it will be executed again.
-        core.native.debug_hits = 0;
+        (core.native.debug_hits, core.native.held_hits) = (0, 0);
         // An exception counts as a tick, so that time advances even where no instruction ever retires.
         core.ticks += 1;
         core.exception_to_event();
@@ -182,16 +184,10 @@ impl SoftCpu {
     #[cold]
     fn completed(&mut self, before: Attention) {
         let core = &mut self.core;
-        core.end_transient();
         if before.contains(Attention::SHADOW) && !core.native.fresh_shadow {
             core.attention.remove(Attention::SHADOW);
         }
-        if core.attention.contains(Attention::CODE_WRITE) {
-            core.attention.remove(Attention::CODE_WRITE);
-            for (hpa, len) in std::mem::take(&mut core.code_writes_done) {
-                self.code.invalidate(&mut self.core, hpa, len);
-            }
-        }
+        self.stores_done();
         let core = &mut self.core;
         if before.contains(Attention::DEBUG) || core.native.debug_hits != 0 {
             core.debug_trap();
@@ -249,6 +245,9 @@ impl SoftCpu {
         if core.ticks >= core.deadline {
             return Ok(Leave(Exit::Deadline));
         }
+        if core.attention.contains(Attention::ARRIVAL) {
+            return self.arrive();
+        }
         if core.attention.contains(Attention::EVENT) {
             return self.deliver_event();
         }
@@ -260,7 +259,7 @@ impl SoftCpu {
             && !core.attention.contains(Attention::SHADOW)
         {
             core.attention.remove(Attention::NMI | Attention::HALTED);
-            core.event = Some(Event { vector: 2, code: None, kind: EventKind::Nmi });
+            core.event = Some(Event::of(2, EventKind::Nmi));
             core.attention.insert(Attention::EVENT);
             return self.deliver_event();
         }
@@ -278,16 +277,48 @@ impl SoftCpu {
         Ok(Run)
     }
 
+    /// Enters the task that was switched to. An event that switched to it is delivered only then: what fails on the way
+    /// is judged together with it.
+    fn arrive(&mut self) -> Result<Attended, VcpuError> {
+        match self.core.arrive() {
+            Ok(dr6) => {
+                self.core.attention.remove(Attention::ARRIVAL);
+                self.core.native.arrival = None;
+                self.delivered();
+                self.core.trap_of_task(dr6);
+                Ok(Attended::Again)
+            }
+            Err(stop) => Ok(self.stopped(stop)?.map_or(Attended::Again, Attended::Leave)),
+        }
+    }
+
+    /// Nothing of the event remains.
+    fn delivered(&mut self) {
+        self.core.attention.remove(Attention::EVENT | Attention::SHADOW);
+        self.core.event = None;
+        self.core.native.repeating = false;
+        self.stores_done();
+    }
+
+    /// What was being done is complete: answers are dropped, and so are blocks that it wrote to.
+    fn stores_done(&mut self) {
+        self.core.end_transient();
+        self.core.attention.remove(Attention::CODE_WRITE);
+        for (hpa, len) in std::mem::take(&mut self.core.code_writes_done) {
+            self.code.invalidate(&mut self.core, hpa, len);
+        }
+    }
+
     /// Delivers the event once. What fails on the way makes it worse (exception → double fault → shutdown) or replaces it.
     fn deliver_event(&mut self) -> Result<Attended, VcpuError> {
         match self.core.deliver() {
+            // Delivered to a task that is still to be entered.
+            Ok(()) if self.core.attention.contains(Attention::ARRIVAL) => {
+                self.stores_done();
+                Ok(Attended::Again)
+            }
             Ok(()) => {
-                self.core.end_transient();
-                self.core.attention.remove(Attention::EVENT | Attention::SHADOW | Attention::CODE_WRITE);
-                self.core.event = None;
-                for (hpa, len) in std::mem::take(&mut self.core.code_writes_done) {
-                    self.code.invalidate(&mut self.core, hpa, len);
-                }
+                self.delivered();
                 Ok(Attended::Again)
             }
             Err(stop) => Ok(self.stopped(stop)?.map_or(Attended::Again, Attended::Leave)),
@@ -386,7 +417,7 @@ impl Vcpu for SoftCpu {
 
     fn inject_interrupt(&mut self, vector: u8) {
         self.core.attention.remove(Attention::HALTED | Attention::WINDOW);
-        self.core.event = Some(Event { vector, code: None, kind: EventKind::Interrupt });
+        self.core.event = Some(Event::of(vector, EventKind::Interrupt));
         self.core.attention.insert(Attention::EVENT);
     }
 

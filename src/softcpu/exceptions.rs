@@ -7,8 +7,10 @@
 
 use crate::core::{Attention, Core};
 use crate::flags::bit;
+use crate::memory::Who;
 use crate::op::Stop;
 use crate::segments::Descriptor;
+use crate::stores::Stores;
 use mmu::PageFault;
 use vcpu::Segment;
 use vcpu::state::seg;
@@ -42,6 +44,14 @@ impl Exception {
     /// #DB with the DR6 bits that say why.
     pub fn debug(dr6: u64) -> Self {
         Self { vector: 1, dr6, ..Self::default() }
+    }
+
+    /// Whether it is a fault whose frame has RF set. Of the debug exceptions only that of DR7.GD is one.
+    fn resumes(&self) -> bool {
+        match self.vector {
+            1 => self.dr6 & 0x400f == 0,
+            vector => !matches!(vector, 3 | 4 | 8 | 18),
+        }
     }
 
     /// Contributory exceptions (SDM Vol. 3 table 6-4).
@@ -94,6 +104,15 @@ pub struct Event {
     pub code: Option<u32>,
     /// Where it comes from.
     pub kind: EventKind,
+    /// It pushes EFLAGS.RF: a fault, after which an instruction breakpoint is not to hit again.
+    pub resume: bool,
+}
+
+impl Event {
+    /// Without error code, and no fault.
+    pub fn of(vector: u8, kind: EventKind) -> Self {
+        Self { vector, code: None, kind, resume: false }
+    }
 }
 
 /// An interrupt or trap gate.
@@ -130,10 +149,11 @@ impl Core {
             Some(v) if Exception::is_contributory(v) => Exception::is_contributory(second.vector),
             _ => false,
         };
+        let kind = EventKind::Exception;
         let event = if doubles {
-            Event { vector: 8, code: Some(0), kind: EventKind::Exception }
+            Event { code: Some(0), ..Event::of(8, kind) }
         } else {
-            Event { vector: second.vector, code: second.code, kind: EventKind::Exception }
+            Event { vector: second.vector, code: second.code, kind, resume: second.resumes() }
         };
         self.event = Some(event);
         self.attention.insert(Attention::EVENT);
@@ -169,17 +189,12 @@ impl Core {
         }
     }
 
-    /// RFLAGS as an event pushes them: faults set RF so that an instruction breakpoint does not hit again (§17.3.1.1).
+    /// RFLAGS as an event pushes them: with RF for faults, and for what comes between two iterations of a repeated
+    /// instruction, so that an instruction breakpoint does not hit again (§17.3.1.1).
     fn pushed_flags(&self, event: &Event) -> u64 {
-        let flags = self.flags.all();
-        let fault = event.kind == EventKind::Exception && !matches!(event.vector, 1 | 3 | 4 | 8 | 18);
-        if fault
-            || event.kind == EventKind::Exception && event.vector == 1 && self.exception.dr6 & 0x400f == 0
-        {
-            flags | bit::RF
-        } else {
-            flags
-        }
+        let between = self.native.repeating && matches!(event.kind, EventKind::Interrupt | EventKind::Nmi);
+        let resume = if event.resume || between { bit::RF } else { 0 };
+        self.flags.all() | resume
     }
 
     /// Real mode: four bytes a vector, a frame of FLAGS, CS, IP.
@@ -189,18 +204,8 @@ impl Core {
             return Err(self.gp(0));
         }
         let vector = self.load_system(self.idtr.base.wrapping_add(offset) & 0xffff_ffff, 4)?;
-        let saved = self.regs[4];
-        let frame =
-            [self.flags.all() & 0xffff, u64::from(self.segments[seg::CS].selector), self.return_ip(event)];
-        for i in 1..=frame.len() as u64 {
-            self.check_push(saved.wrapping_sub(2 * i), 2, 0)?;
-        }
-        for word in frame {
-            if let Err(stop) = self.push(word & 0xffff, 2) {
-                self.regs[4] = saved;
-                return Err(stop);
-            }
-        }
+        let frame = [self.flags.all(), u64::from(self.segments[seg::CS].selector), self.return_ip(event)];
+        self.push_all(&frame.map(|word| word & 0xffff), 2)?;
         let selector = (vector >> 16) as u16;
         let cs = &mut self.segments[seg::CS];
         cs.selector = selector;
@@ -338,19 +343,15 @@ impl Core {
     /// is done anew after an exit.
     fn push_frame(&mut self, rsp: &mut u64, frame: &[Option<u64>], event: &Event) -> Result<(), Stop> {
         let bits = self.paging.linear_bits();
-        let mut at = *rsp;
-        for _ in frame.iter().flatten() {
-            at = at.wrapping_sub(8);
-            if !guestmem::Gva(at).is_canonical(bits) {
-                return Err(self.ss(event.kind.external()));
-            }
-            self.check_write(at, 8, seg::SS as u8)?;
-        }
+        let mut stores = Stores::default();
         for &word in frame.iter().flatten() {
             *rsp = rsp.wrapping_sub(8);
-            self.store::<u64>(*rsp, word, seg::SS as u8)?;
+            if !guestmem::Gva(*rsp).is_canonical(bits) {
+                return Err(self.ss(event.kind.external()));
+            }
+            self.plan(&mut stores, *rsp, &word.to_le_bytes(), Who::Current, seg::SS as u8)?;
         }
-        Ok(())
+        self.commit(stores)
     }
 
     fn tss_stack64(&mut self, offset: u64, event: &Event) -> Result<u64, Stop> {
@@ -425,25 +426,17 @@ impl Core {
     /// Pushes a frame of words of `size` bytes, checking all of them first as [`Self::push_frame`] does. `error` is for a
     /// stack that is too small.
     fn push_legacy(&mut self, sp: &mut u64, frame: &[u64], size: u64, error: u16) -> Result<(), Stop> {
-        let mask = self.stack_mask();
-        for i in 1..=frame.len() as u64 {
-            self.check_push(sp.wrapping_sub(size * i), size, error)?;
+        let mut stores = Stores::default();
+        for &word in frame {
+            let at = sp.wrapping_sub(size) & self.stack_mask();
+            let Ok(lin) = crate::exec::address::checked(self, seg::SS as u8, at, size, true) else {
+                return Err(self.ss(error));
+            };
+            let bytes = word.to_le_bytes();
+            self.plan(&mut stores, lin, &bytes[..size as usize], Who::Current, seg::SS as u8)?;
+            *sp = at;
         }
-        for word in frame {
-            *sp = sp.wrapping_sub(size) & mask;
-            let lin = self.segments[seg::SS].base.wrapping_add(*sp) & 0xffff_ffff;
-            self.store_bytes(lin, &word.to_le_bytes()[..size as usize], seg::SS as u8)?;
-        }
-        Ok(())
-    }
-
-    /// Stops as a push of `size` bytes to SS:`sp` would outside 64-bit mode; `error` goes with #SS.
-    fn check_push(&mut self, sp: u64, size: u64, error: u16) -> Result<(), Stop> {
-        let sp = sp & self.stack_mask();
-        let Ok(lin) = crate::exec::address::checked(self, seg::SS as u8, sp, size, true) else {
-            return Err(self.ss(error));
-        };
-        self.check_write(lin, size, seg::SS as u8)
+        self.commit(stores)
     }
 
     fn finish_gate(&mut self, gate: &Gate, mut target: Segment, new_cpl: u8) {

@@ -27,6 +27,7 @@ pub mod op;
 mod oracle;
 pub mod segments;
 pub mod snapshot;
+pub mod stores;
 pub mod task;
 pub mod tlb;
 pub mod vector;

@@ -45,9 +45,12 @@ pub enum OverrideTarget {
 
 /// Where an access ends up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Target {
+pub(crate) enum Target {
+    /// In memory.
     Memory(Hpa),
+    /// In a guest table, with permission.
     Table(Gpa, Hpa),
+    /// At a device.
     Mmio(Gpa),
 }
 
@@ -219,39 +222,52 @@ impl Core {
 
     /// Writes bytes on behalf of `who`.
     pub fn store_as(&mut self, lin: u64, data: &[u8], who: Who, segment: SegIndex) -> Result<(), Stop> {
-        let len = data.len() as u64;
-        self.check_canonical(lin, len, who, segment)?;
-        let mut targets = [(Target::Mmio(Gpa(0)), 0u64); 2];
-        let mut count = 0;
-        for (at, part) in self.pieces(lin, len, who) {
-            let target = self.translate(at, AccessKind::Write, who, segment, len)?;
-            self.check_code(target, part)?;
-            targets[count] = (target, part);
-            count += 1;
-        }
+        let targets = self.store_targets(lin, data.len() as u64, who, segment)?;
         // Devices first: they may exit, and then nothing may have been written.
         let mut done = 0;
-        for &(target, part) in &targets[..count] {
+        for (target, part) in targets.into_iter().flatten() {
             if let Target::Mmio(gpa) = target {
                 self.write_device(gpa, &data[done..done + part as usize])?;
             }
             done += part as usize;
         }
         done = 0;
-        for &(target, part) in &targets[..count] {
-            let piece = &data[done..done + part as usize];
-            match target {
-                Target::Memory(hpa) => self.write_host(hpa, piece),
-                Target::Table(gpa, hpa) => {
-                    self.write_host(hpa, piece);
-                    self.table_stores.push(TableStore { gpa, len: part });
-                    self.attention.insert(Attention::TABLE_STORES);
-                }
-                Target::Mmio(_) => {}
-            }
+        for (target, part) in targets.into_iter().flatten() {
+            self.write_target(target, &data[done..done + part as usize]);
             done += part as usize;
         }
         Ok(())
+    }
+
+    /// Where a store's bytes go, on either side of a page boundary, after everything that could stop it but a device.
+    pub(crate) fn store_targets(
+        &mut self,
+        lin: u64,
+        len: u64,
+        who: Who,
+        segment: SegIndex,
+    ) -> Result<[Option<(Target, u64)>; 2], Stop> {
+        self.check_canonical(lin, len, who, segment)?;
+        let mut targets = [None; 2];
+        for (slot, (at, part)) in targets.iter_mut().zip(self.pieces(lin, len, who)) {
+            let target = self.translate(at, AccessKind::Write, who, segment, len)?;
+            self.check_code(target, part)?;
+            *slot = Some((target, part));
+        }
+        Ok(targets)
+    }
+
+    /// Does a part of a store that goes to memory.
+    pub(crate) fn write_target(&mut self, target: Target, piece: &[u8]) {
+        match target {
+            Target::Memory(hpa) => self.write_host(hpa, piece),
+            Target::Table(gpa, hpa) => {
+                self.write_host(hpa, piece);
+                self.table_stores.push(TableStore { gpa, len: piece.len() as u64 });
+                self.attention.insert(Attention::TABLE_STORES);
+            }
+            Target::Mmio(_) => {}
+        }
     }
 
     /// Whether linear addresses of such an access have 64 bits. The CPU's own are 64 bits wide in all of long mode.
@@ -322,7 +338,7 @@ impl Core {
         Ok(())
     }
 
-    fn write_device(&mut self, gpa: Gpa, data: &[u8]) -> Result<(), Stop> {
+    pub(crate) fn write_device(&mut self, gpa: Gpa, data: &[u8]) -> Result<(), Stop> {
         let mut at = gpa;
         for chunk in data.chunks(8) {
             let mut bytes = [0; 8];
@@ -349,12 +365,16 @@ impl Core {
         if let Some(addend) = array.lookup(lin, self.tlb.key) {
             return Ok(Some(lin.wrapping_add(addend) as *mut u8));
         }
+        // Alignment and watched addresses are looked at element by element, before any flag is set in the tables.
+        if self.tlb.key & 3 == TlbMode::Uncached as u64 {
+            return Ok(None);
+        }
         let Target::Memory(hpa) = self.translate(lin, kind, Who::Current, segment, 1)? else {
             return Ok(None);
         };
         let decoded =
             kind == AccessKind::Write && self.memory.host().marks(hpa.frame()).contains(FrameMark::CODE);
-        if decoded || self.tlb.key & 3 == TlbMode::Uncached as u64 {
+        if decoded {
             return Ok(None);
         }
         Ok(Some(self.host_base.wrapping_add(hpa.0) as *mut u8))

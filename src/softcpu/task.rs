@@ -1,18 +1,24 @@
 //! Hardware task switching (SDM Vol. 3 chapter 7 "Task management"): by a far branch to a TSS or task gate, by a task gate
 //! in the IDT, or by IRET with NT set. Not in long mode.
 //!
-//! A switch writes to memory (the old TSS, busy bits, the back link) before it is done. When it exits on the way, the
-//! registers are put back and the switch is remembered as begun, so that its second run does not stumble over its own busy
-//! bit; the stores themselves are the same again. Faults of the new task's segments are the new task's, as §7.3 has it.
+//! A switch has two halves. The *departure* is part of the instruction or event: everything is checked, the old task saved,
+//! the new one's registers and CR3 loaded, and a tick counted, so that the run loop gives the backend the new CR3. The
+//! *arrival* comes before the next instruction and goes through the new task's tables: its segments, the error code, the
+//! debug trap. What fails there is the new task's fault, as §7.3 has it, with the new task's EIP.
 
-use crate::core::Core;
-use crate::exceptions::Event;
+use crate::core::{Attention, Core};
+use crate::exceptions::{Event, Exception};
 use crate::flags::bit;
 use crate::op::{Flow, Op, Stop};
 use crate::segments::Descriptor;
+use crate::stores::Stores;
 use mmu::paging::bits::CR0_PG;
+use serde::{Deserialize, Serialize};
 use vcpu::Segment;
 use vcpu::state::seg;
+
+/// CR0.TS: the registers of x87 and SSE are another task's.
+const CR0_TS: u64 = 1 << 3;
 
 /// How the switch came about: it decides about busy bits, NT and the back link (SDM Vol. 3 table 7-2).
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -57,25 +63,42 @@ struct TaskState {
     trap: bool,
 }
 
+/// DR6.BT: the debug trap bit of the new task's TSS.
+const DR6_BT: u64 = 1 << 15;
+
+/// A task that has been switched to and not entered yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Arrival {
+    /// The error code to push, and its size.
+    code: Option<(u32, u8)>,
+    /// What traps on arrival, as DR6 has it.
+    dr6: u64,
+}
+
 impl Core {
     /// A far JMP or CALL to a TSS, direct or through a task gate.
     pub fn switch_task_by_branch(&mut self, selector: u16, op: &Op, call: bool) -> Flow {
         let next = op.next_ip(self.ip()) & self.ip_mask;
         let cause = if call { Cause::Nested } else { Cause::Jump };
-        self.switch_task(selector, cause, next, None)
+        self.depart(selector, cause, next, None)
     }
 
     /// An event through a task gate.
     pub fn deliver_through_task(&mut self, event: &Event, selector: u16) -> Result<(), Stop> {
         let ip = self.return_ip(event);
-        self.switch_task(selector, Cause::Nested, ip, event.code)
+        self.depart(selector, Cause::Nested, ip, event.code)?;
+        // A branch is an instruction and counts by itself.
+        self.ticks += 1;
+        Ok(())
     }
 
     /// IRET with NT set: back to the task that the current TSS links to.
     pub fn return_from_task(&mut self, op: &Op) -> Flow {
         let link = self.load_system(self.tr.base & 0xffff_ffff, 2)? as u16;
         let next = op.next_ip(self.ip()) & self.ip_mask;
-        self.switch_task(link, Cause::Return, next, None)
+        self.depart(link, Cause::Return, next, None)?;
+        self.nmi_blocked = false;
+        Ok(())
     }
 
     fn new_task_descriptor(&mut self, selector: u16, cause: Cause) -> Result<Descriptor, Stop> {
@@ -85,15 +108,8 @@ impl Core {
             return Err(fail(self));
         }
         let Some(d) = self.read_system_descriptor(selector)? else { return Err(fail(self)) };
-        let begun = self.native.task_switch == Some(selector);
-        let wanted_busy = if begun {
-            d.kind() & 2
-        } else if cause == Cause::Return {
-            2
-        } else {
-            0
-        };
-        if d.is_code_or_data() || !matches!(d.kind() & !2, 1 | 9) || d.kind() & 2 != wanted_busy {
+        let busy = d.kind() & 2 != 0;
+        if d.is_code_or_data() || !matches!(d.kind() & !2, 1 | 9) || busy != (cause == Cause::Return) {
             return Err(fail(self));
         }
         if !d.present() {
@@ -107,44 +123,101 @@ impl Core {
         Ok(d)
     }
 
-    fn switch_task(&mut self, selector: u16, cause: Cause, ip: u64, code: Option<u32>) -> Flow {
-        let saved =
-            (self.regs, self.flags, self.segments, self.ldtr, self.tr, self.paging, self.debug, self.cpl);
-        let done = self.switch_task_steps(selector, cause, ip, code);
-        if matches!(done, Err(Stop::Exit | Stop::CodeWrite)) {
-            (self.regs, self.flags, self.segments, self.ldtr, self.tr, self.paging, self.debug, self.cpl) =
-                saved;
-            self.mode_changed();
-        } else {
-            self.native.task_switch = None;
-        }
-        done
-    }
-
-    fn switch_task_steps(&mut self, selector: u16, cause: Cause, ip: u64, code: Option<u32>) -> Flow {
+    /// Everything up to the new task's registers and CR3. Stops before anything has changed.
+    fn depart(&mut self, selector: u16, cause: Cause, ip: u64, code: Option<u32>) -> Flow {
         let d = self.new_task_descriptor(selector, cause)?;
         let new_tss = d.segment(selector);
         let wide = d.kind() & 8 != 0;
         let state = self.read_task(new_tss.base, wide)?;
-        self.native.task_switch = Some(selector);
-        self.save_task(cause, ip)?;
-
+        let mut stores = Stores::default();
+        self.plan_save(&mut stores, cause, ip)?;
         if cause == Cause::Nested {
-            self.store_system(new_tss.base & 0xffff_ffff, u64::from(self.tr.selector), 2)?;
-        }
-        if cause != Cause::Nested {
-            self.set_busy(self.tr.selector, false)?;
+            self.plan_system(&mut stores, new_tss.base, u64::from(self.tr.selector), 2)?;
+        } else if let Some(old) = self.read_system_descriptor(self.tr.selector)? {
+            self.plan_system(&mut stores, old.address.wrapping_add(5), old.low >> 40 & 0xfd, 1)?;
         }
         if cause != Cause::Return {
-            self.set_busy(selector, true)?;
+            self.plan_system(&mut stores, d.address.wrapping_add(5), d.low >> 40 & 0xff | 2, 1)?;
         }
-        if let Some(cr3) = state.cr3
-            && self.paging.cr0 & CR0_PG != 0
+        self.tell_devices(&mut stores)?;
+        let cr0 = self.paging.cr0;
+        self.paging.cr0 |= CR0_TS;
+        if let Some(cr3) = state.cr3.filter(|_| cr0 & CR0_PG != 0)
+            && let Err(stop) = self.load_cr3(cr3)
         {
-            self.load_cr3(cr3)?;
+            self.paging.cr0 = cr0;
+            return Err(stop);
         }
+        self.commit(stores)?;
         self.tr = Segment { attributes: new_tss.attributes | 2, ..new_tss };
-        self.enter_task(&state, cause, wide, code)
+        self.take_registers(&state, cause);
+        self.native.arrival = Some(Arrival { code: code.map(|code| (code, if wide { 4 } else { 2 })), dr6: 0 });
+        if let Some(arrival) = &mut self.native.arrival
+            && state.trap
+        {
+            arrival.dr6 = DR6_BT;
+        }
+        self.attention.insert(Attention::ARRIVAL);
+        Ok(())
+    }
+
+    /// The new task's registers, with segments that are only named. What the last instruction of the old task hit is
+    /// reported on arrival; whether it is stepped over is judged by the new task's TF.
+    fn take_registers(&mut self, state: &TaskState, cause: Cause) {
+        let mut flags = state.flags;
+        if cause == Cause::Nested {
+            flags |= bit::NT;
+        }
+        self.regs[..8].copy_from_slice(&state.gprs);
+        self.flags.set_all(flags);
+        self.native.fresh_resume = self.flags.has(bit::RF);
+        self.native.single_step &= self.flags.has(bit::TF);
+        self.debug[5] &= !0x155;
+        self.ldtr = Segment { selector: state.ldt, ..Segment::default() };
+        let v86 = self.v86();
+        for (segment, &selector) in self.segments.iter_mut().zip(&state.selectors) {
+            *segment = Segment { selector, ..Segment::default() };
+            if v86 {
+                *segment =
+                    Segment { selector, base: u64::from(selector) << 4, limit: 0xffff, attributes: 0xf3 };
+            }
+        }
+        self.cpl = if v86 { 3 } else { (state.selectors[seg::CS] & 3) as u8 };
+        self.mode_changed();
+        self.regs[usize::from(crate::op::REG_IP)] = state.ip & 0xffff_ffff;
+    }
+
+    /// Adds debug conditions to those of the task that is about to be entered; false when there is none.
+    pub fn trap_on_arrival(&mut self, dr6: u64) -> bool {
+        let Some(arrival) = &mut self.native.arrival else { return false };
+        arrival.dr6 |= dr6;
+        true
+    }
+
+    /// Enters the task that was switched to. Done anew after an exit, it does the same again. Gives what traps.
+    pub fn arrive(&mut self) -> Result<u64, Stop> {
+        let Some(arrival) = self.native.arrival else { return Ok(0) };
+        if !self.v86() {
+            self.load_task_segments()?;
+            let ip = self.ip();
+            if ip > u64::from(self.segments[seg::CS].limit) {
+                return Err(self.gp(0));
+            }
+            self.set_ip(ip);
+        }
+        if let Some((code, size)) = arrival.code {
+            self.push(u64::from(code), size)?;
+        }
+        Ok(arrival.dr6)
+    }
+
+    /// Raises what traps on arrival.
+    pub fn trap_of_task(&mut self, dr6: u64) {
+        if dr6 != 0 {
+            self.exception = Exception::debug(dr6);
+            self.ticks += 1;
+            self.exception_to_event();
+        }
     }
 
     fn read_task(&mut self, base: u64, wide: bool) -> Result<TaskState, Stop> {
@@ -187,8 +260,8 @@ impl Core {
         }
     }
 
-    /// Writes the old task's state to its TSS.
-    fn save_task(&mut self, cause: Cause, ip: u64) -> Result<(), Stop> {
+    /// Plans to write the old task's state to its TSS.
+    fn plan_save(&mut self, stores: &mut Stores, cause: Cause, ip: u64) -> Result<(), Stop> {
         let wide = self.tr.kind() & 8 != 0;
         let base = self.tr.base;
         let mut flags = self.flags.all();
@@ -198,7 +271,7 @@ impl Core {
         let regs: [u64; 8] = std::array::from_fn(|i| self.regs[i]);
         let selectors: [u16; 6] = std::array::from_fn(|i| self.segments[i].selector);
         let mut write = |offset: u64, value: u64, size: usize| {
-            self.store_system(base.wrapping_add(offset) & 0xffff_ffff, value, size)
+            self.plan_system(stores, base.wrapping_add(offset), value, size)
         };
         if wide {
             write(tss32::EIP, ip, 4)?;
@@ -222,62 +295,17 @@ impl Core {
         Ok(())
     }
 
-    fn set_busy(&mut self, selector: u16, busy: bool) -> Result<(), Stop> {
-        let Some(d) = self.read_system_descriptor(selector)? else { return Ok(()) };
-        let kind = d.low >> 40 & 0xff;
-        let kind = if busy { kind | 2 } else { kind & !2 };
-        self.store_system(d.address.wrapping_add(5), kind, 1)
-    }
-
-    /// Loads the new task's state; from here on faults are the new task's.
-    fn enter_task(&mut self, state: &TaskState, cause: Cause, wide: bool, code: Option<u32>) -> Flow {
-        let mut flags = state.flags;
-        if cause == Cause::Nested {
-            flags |= bit::NT;
-        }
-        self.regs[..8].copy_from_slice(&state.gprs);
-        self.flags.set_all(flags);
-        self.paging.cr0 |= 1 << 3;
-        self.debug[5] &= !0x155;
-        for (i, &selector) in state.selectors.iter().enumerate() {
-            self.segments[i] = Segment { selector, ..Segment::default() };
-        }
-        self.ldtr = Segment { selector: state.ldt, ..Segment::default() };
-        self.set_ip_raw(state.ip);
-        if self.v86() {
-            self.cpl = 3;
-            for (i, &selector) in state.selectors.iter().enumerate() {
-                self.segments[i] =
-                    Segment { selector, base: u64::from(selector) << 4, limit: 0xffff, attributes: 0xf3 };
+    /// Loads the segments that the registers name. #TS stands for whatever is wrong with the LDT's descriptor, but not
+    /// for a page fault on the way to it.
+    fn load_task_segments(&mut self) -> Result<(), Stop> {
+        let ldt = self.ldtr.selector;
+        if ldt & !3 != 0 {
+            match self.load_ldt(ldt) {
+                Err(Stop::Exception) if self.exception.vector != 14 => return Err(self.ts(ldt & !3)),
+                other => other?,
             }
-            self.mode_changed();
-            return Ok(());
         }
-        let cpl = (state.selectors[seg::CS] & 3) as u8;
-        self.cpl = cpl;
-        self.load_task_segments(state)?;
-        self.mode_changed();
-        self.set_ip(state.ip);
-        if state.ip > u64::from(self.segments[seg::CS].limit) {
-            return Err(self.gp(0));
-        }
-        if let Some(code) = code {
-            self.push(u64::from(code), if wide { 4 } else { 2 })?;
-        }
-        if state.trap {
-            return Err(self.raise(crate::exceptions::Exception::debug(1 << 15)));
-        }
-        Ok(())
-    }
-
-    fn load_task_segments(&mut self, state: &TaskState) -> Result<(), Stop> {
-        let ldt_error = state.ldt & !3;
-        match if ldt_error != 0 { self.load_ldt(state.ldt) } else { Ok(()) } {
-            Ok(()) => {}
-            Err(Stop::Exception) => return Err(self.ts(ldt_error)),
-            Err(stop) => return Err(stop),
-        }
-        let selector = state.selectors[seg::CS];
+        let selector = self.segments[seg::CS].selector;
         let error = selector & !3;
         let Some(d) = self.read_descriptor(selector)? else { return Err(self.ts(error)) };
         let cs = d.segment_accessed(selector);
@@ -289,17 +317,13 @@ impl Core {
         if !cs.present() {
             return Err(self.np(error));
         }
-        let ss = self.stack_segment(state.selectors[seg::SS], self.cpl, 0)?;
+        let ss = self.stack_segment(self.segments[seg::SS].selector, self.cpl, 0)?;
         self.segments[seg::CS] = cs;
         self.segments[seg::SS] = ss;
         self.mode_changed();
         for index in [seg::DS, seg::ES, seg::FS, seg::GS] {
-            self.load_segment(index, state.selectors[index])?;
+            self.load_segment(index, self.segments[index].selector)?;
         }
         Ok(())
-    }
-
-    fn set_ip_raw(&mut self, ip: u64) {
-        self.regs[usize::from(crate::op::REG_IP)] = ip & 0xffff_ffff;
     }
 }

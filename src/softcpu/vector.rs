@@ -27,14 +27,20 @@ pub struct Native {
     pub code_map: CodeMap,
     /// Data breakpoints hit by the instruction under way.
     pub debug_hits: u64,
+    /// Data breakpoints hit by MOV SS or before an INT: reported after the next instruction.
+    pub held_hits: u64,
     /// The instruction under way has just begun to hold interrupts off.
     pub fresh_shadow: bool,
+    /// It is a load of SS that holds interrupts off, and so debug exceptions too.
+    pub stack_shadow: bool,
+    /// RIP stands on a repeated instruction of which some iterations are done.
+    pub repeating: bool,
     /// The instruction under way began with EFLAGS.TF set.
     pub single_step: bool,
     /// The instruction under way has just set EFLAGS.RF.
     pub fresh_resume: bool,
-    /// A task switch to this selector has begun and exited on the way.
-    pub task_switch: Option<u16>,
+    /// The task that was switched to and is to be entered.
+    pub arrival: Option<crate::task::Arrival>,
 }
 
 /// Whether the host can execute what `model` declares.

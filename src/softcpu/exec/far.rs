@@ -26,15 +26,7 @@ impl Core {
         if ip > u64::from(self.segments[seg::CS].limit) {
             return Err(self.gp(0));
         }
-        let v86 = self.v86();
-        let cs = &mut self.segments[seg::CS];
-        cs.selector = selector;
-        cs.base = u64::from(selector) << 4;
-        if v86 {
-            cs.limit = 0xffff;
-            cs.attributes = 0xfb;
-        }
-        self.mode_changed();
+        self.load_segment_real(seg::CS, selector);
         self.set_ip(ip);
         Ok(())
     }
@@ -119,18 +111,6 @@ impl Core {
         self.far_through_gate(selector, &d, op, true)
     }
 
-    /// Pushes words; the stack pointer is put back if one of them stops.
-    fn push_all(&mut self, words: &[u64], size: u8) -> Result<(), Stop> {
-        let saved = self.regs[RSP];
-        for &word in words {
-            if let Err(stop) = self.push(word, size) {
-                self.regs[RSP] = saved;
-                return Err(stop);
-            }
-        }
-        Ok(())
-    }
-
     /// Far JMP or CALL through a call gate, a task gate or to a TSS (SDM Vol. 3 §5.8.3, §7.3).
     fn far_through_gate(&mut self, selector: u16, d: &Descriptor, op: &Op, call: bool) -> Flow {
         let error = selector & !3;
@@ -142,7 +122,7 @@ impl Core {
         match d.kind() {
             12 => {}
             4 if !long => {}
-            // A busy one is refused by the switch itself, unless it is the one that this instruction has begun to enter.
+            // A busy one is refused by the switch itself.
             1 | 3 | 9 | 11 if !long => {
                 if !d.present() {
                     return Err(self.np(error));

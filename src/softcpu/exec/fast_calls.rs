@@ -46,7 +46,7 @@ fn syscall(core: &mut Core, op: &Op) -> Flow {
 }
 
 fn sysret(core: &mut Core, op: &Op) -> Flow {
-    if core.paging.efer & 1 == 0 || !core.mode64 && core.long_mode() {
+    if core.paging.efer & 1 == 0 || !core.mode64 && !core.model.syscall_in_legacy() {
         return Err(core.ud());
     }
     if core.cpl != 0 || !core.protected() {
@@ -59,7 +59,7 @@ fn sysret(core: &mut Core, op: &Op) -> Flow {
     }
     let base = (core.msrs.star >> 48) as u16;
     let selector = if to64 { base.wrapping_add(16) } else { base } | 3;
-    if core.long_mode() {
+    if core.mode64 {
         let flags = core.regs[11] & bit::ALL & !(bit::RF | bit::VM);
         core.flags.set_all(flags);
     } else {

@@ -148,7 +148,7 @@ fn software_interrupt(core: &mut Core, op: &Op) -> Flow {
         return Err(core.gp(0));
     }
     let kind = if op.aux == 1 { EventKind::PrivilegedSoftware { len } } else { EventKind::Software { len } };
-    core.event = Some(Event { vector, code: None, kind });
+    core.event = Some(Event::of(vector, kind));
     core.attention.insert(crate::core::Attention::EVENT);
     let at = core.ip().wrapping_add(u64::from(op.off));
     core.set_ip(at);

@@ -129,7 +129,8 @@ fn iterate(core: &mut Core, op: &Op, element: fn(&mut Core, &Op) -> Flow) -> Flo
         if count != 0 {
             element(core, op)?;
             set_index(core, op, RCX, count - 1);
-            if count != 1 {
+            core.native.repeating = count != 1;
+            if core.native.repeating {
                 next = op.off;
             }
         }

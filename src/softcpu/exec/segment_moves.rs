@@ -10,6 +10,9 @@ use crate::width::Width;
 use iced_x86::{Instruction, Mnemonic, OpKind};
 use vcpu::state::seg;
 
+/// Slot of RSP.
+const RSP: usize = 4;
+
 /// MOV to a segment register, from a register or memory.
 fn mov_to_segment(core: &mut Core, op: &Op) -> Flow {
     let selector = core.regs[usize::from(op.src) % 32] as u16;
@@ -25,17 +28,22 @@ fn mov_to_segment_mem(core: &mut Core, op: &Op) -> Flow {
 fn load_data_segment(core: &mut Core, op: &Op, selector: u16) -> Flow {
     core.load_segment(usize::from(op.dst), selector)?;
     if usize::from(op.dst) == seg::SS {
-        core.hold_interrupts();
+        core.hold_events();
     }
     Ok(())
 }
 
 fn pop_segment(core: &mut Core, op: &Op) -> Flow {
     let selector = core.peek(0, op.osize)? as u16;
-    core.load_segment(usize::from(op.dst), selector)?;
+    // The stack pointer moves at the width of the stack that is popped from, also where SS is what is popped.
+    let old = core.regs[RSP];
     core.drop_stack(u64::from(op.osize));
+    if let Err(stop) = core.load_segment(usize::from(op.dst), selector) {
+        core.regs[RSP] = old;
+        return Err(stop);
+    }
     if usize::from(op.dst) == seg::SS {
-        core.hold_interrupts();
+        core.hold_events();
     }
     Ok(())
 }

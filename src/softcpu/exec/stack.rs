@@ -9,6 +9,7 @@ use crate::core::Core;
 use crate::decode::CodeMode;
 use crate::flags::bit;
 use crate::op::{Flow, Handler, Op, Stop};
+use crate::stores::Stores;
 use crate::width::Width;
 use iced_x86::{Instruction, Mnemonic, OpKind};
 use vcpu::state::seg;
@@ -122,21 +123,8 @@ fn pop_mem<W: Width>(core: &mut Core, op: &Op) -> Flow {
 }
 
 fn pusha<W: Width>(core: &mut Core, _op: &Op) -> Flow {
-    let old = core.regs[RSP];
-    // In the order of the pushes, so that the first that fails is the one reported.
-    for i in 1..=8 {
-        let check = old.wrapping_sub(i * W::BYTES as u64) & core.stack_mask();
-        let lin = core.stack_address(check, W::BYTES as u64, true)?;
-        core.check_write(lin, W::BYTES as u64, SS)?;
-    }
-    for reg in [0, 1, 2, 3, RSP, RBP, 6, 7] {
-        let v = if reg == RSP { old } else { core.regs[reg] } & W::MASK;
-        if let Err(stop) = core.push(v, W::BYTES as u8) {
-            core.regs[RSP] = old;
-            return Err(stop);
-        }
-    }
-    Ok(())
+    let words = [0, 1, 2, 3, RSP, RBP, 6, 7].map(|reg| core.regs[reg] & W::MASK);
+    core.push_all(&words, W::BYTES as u8)
 }
 
 fn popa<W: Width>(core: &mut Core, _op: &Op) -> Flow {
@@ -179,41 +167,47 @@ fn set_sized(core: &mut Core, reg: usize, size: u8, v: u64) {
 
 /// ENTER: `imm` is the frame's size, `aux` the nesting level.
 fn enter(core: &mut Core, op: &Op) -> Flow {
-    let (rsp, rbp) = (core.regs[RSP], core.regs[RBP]);
-    let done = enter_steps(core, op);
-    if done.is_err() {
-        core.regs[RSP] = rsp;
-        core.regs[RBP] = rbp;
-    }
-    done
-}
-
-fn enter_steps(core: &mut Core, op: &Op) -> Flow {
     let size = op.osize;
     let level = op.aux % 32;
     let frame_pointer = core.regs[RBP];
-    core.push(frame_pointer, size)?;
-    let frame = core.regs[RSP];
+    let mut stores = Stores::default();
+    let mut sp = core.regs[RSP];
+    // Linear addresses and values of what is pushed: the display may lie where it goes.
+    let mut pushed = Vec::new();
+    pushed.push((core.plan_push(&mut stores, &mut sp, frame_pointer, size)?, frame_pointer));
+    let frame = sp;
     for i in 1..level {
         let at = frame_pointer.wrapping_sub(u64::from(i) * u64::from(size)) & core.stack_mask();
-        let lin = core.stack_address(at, u64::from(size), false)?;
-        let display = match size {
-            8 => core.load::<u64>(lin, SS)?,
-            4 => core.load::<u32>(lin, SS)?,
-            _ => core.load::<u16>(lin, SS)?,
-        };
-        core.push(display, size)?;
+        let display = display_word(core, at, size, &pushed)?;
+        pushed.push((core.plan_push(&mut stores, &mut sp, display, size)?, display));
     }
     if level > 0 {
-        core.push(frame, size)?;
+        core.plan_push(&mut stores, &mut sp, frame, size)?;
     }
-    let sp = core.regs[RSP].wrapping_sub(op.imm) & core.stack_mask();
+    let sp = sp.wrapping_sub(op.imm) & core.stack_mask();
     // The instruction ends with a probe of the new top of the stack.
     let lin = core.stack_address(sp, u64::from(size), true)?;
     core.check_write(lin, u64::from(size), SS)?;
+    core.commit(stores)?;
     core.set_stack(sp);
     set_sized(core, RBP, size, frame);
     Ok(())
+}
+
+/// A word of the display at an offset in the stack, as it is after `pushed`.
+fn display_word(core: &mut Core, at: u64, size: u8, pushed: &[(u64, u64)]) -> Result<u64, Stop> {
+    let lin = core.stack_address(at, u64::from(size), false)?;
+    let mut bytes = [0; 8];
+    core.load_bytes(lin, &mut bytes[..usize::from(size)], SS)?;
+    for (to, value) in pushed {
+        for (i, byte) in bytes[..usize::from(size)].iter_mut().enumerate() {
+            let inside = lin.wrapping_add(i as u64).wrapping_sub(*to);
+            if inside < u64::from(size) {
+                *byte = (value >> (8 * inside)) as u8;
+            }
+        }
+    }
+    Ok(u64::from_le_bytes(bytes))
 }
 
 fn pushf(core: &mut Core, op: &Op) -> Flow {

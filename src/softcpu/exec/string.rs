@@ -239,7 +239,8 @@ fn repeat<W: Width, E: Element>(core: &mut Core, op: &Op) -> Flow {
         ended = E::COMPARES && core.flags.zf() != (op.aux != 0);
     }
     core.ticks += done.saturating_sub(1);
-    let next = if ended || done == count { op.next } else { op.off };
+    core.native.repeating = !(ended || done == count);
+    let next = if core.native.repeating { op.off } else { op.next };
     core.set_ip(core.ip().wrapping_add(u64::from(next)));
     Ok(())
 }

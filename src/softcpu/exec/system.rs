@@ -223,8 +223,9 @@ fn base_access(core: &mut Core, op: &Op) -> Flow {
 }
 
 fn clflush(core: &mut Core, op: &Op) -> Flow {
+    // Checked as a read is; a device is not read.
     let lin = read_address(core, op, 1)?;
-    core.load::<u8>(lin, op.seg).map(|_| ())
+    core.check_read(lin, 1, op.seg)
 }
 
 fn xgetbv(core: &mut Core, _op: &Op) -> Flow {
@@ -298,7 +299,7 @@ pub fn select(insn: &Instruction, op: &mut Op, mode: CodeMode) -> Option<Selecte
         }
         M::Hlt => hlt,
         M::Wbinvd | M::Invd | M::Wbnoinvd => privileged_nop,
-        M::Rdmsr => rdmsr,
+        M::Rdmsr => return Some(Selected::ending(rdmsr).alone()),
         M::Wrmsr => return Some(Selected::ending(wrmsr).alone()),
         M::Rdtsc => return Some(Selected::ending(rdtsc).alone()),
         M::Rdtscp => {
