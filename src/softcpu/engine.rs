@@ -325,6 +325,17 @@ impl SoftCpu {
         }
     }
 
+    /// Delivers an event that waits for the deadline to pass, in no time: arriving at a handler is enough for a test.
+    #[cfg(test)]
+    pub(crate) fn deliver_pending(&mut self) {
+        while self.core.attention.contains(Attention::EVENT) {
+            match self.deliver_event() {
+                Ok(Attended::Again) => {}
+                _ => return,
+            }
+        }
+    }
+
     /// Drops blocks whose bytes were written by anything but this CPU.
     fn drain_code_writes(&mut self) {
         if self.core.memory.host().code_was_written() {

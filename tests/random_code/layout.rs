@@ -320,7 +320,8 @@ impl Image {
             }
             for _ in 0..choose.below(4) {
                 let page = 16 + choose.below(10) as u32;
-                let flags = choose.one(&[0x61, 0x65, 0x63, 0x60, 0x167, 0x7]);
+                // A global entry that only one of the roots has would be stale under the other.
+                let flags = choose.one(&[0x61, 0x65, 0x63, 0x60, if still { 0x67 } else { 0x167 }, 0x7]);
                 let frame = if choose.once_in(3) { 23 + choose.below(2) as u32 } else { page };
                 self.word(leaf + page * size, u64::from(frame << 12) | flags, size);
             }

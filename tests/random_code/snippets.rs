@@ -93,10 +93,10 @@ type Maker = fn(&mut Piece, &mut Choose);
 
 const MAKERS: &[(u64, Maker)] = &[
     (6, random_bytes),
-    (14, table_store),
+    (26, table_store),
     (6, access),
-    (6, control_register),
-    (5, load_cr3),
+    (7, control_register),
+    (8, load_cr3),
     (3, msr),
     (3, invalidate),
     (7, change_flags),

@@ -135,14 +135,19 @@ pub fn run_both(case: &Case) -> Result<(), String> {
             break;
         }
         course.push(place(&states.0));
+        if case.audit {
+            audit(&[&shadow, &ept])?;
+        }
     }
-    for machine in [&shadow, &ept] {
-        machine.audit().map_err(|e| format!("{}: {e}", machine.mmu().name()))?;
-    }
+    audit(&[&shadow, &ept])?;
     let from = course.len().saturating_sub(8);
     // What lies beyond the tables' reach takes long to look at, and is touched rarely.
     let upto = if case.seed.is_multiple_of(16) { MEMORY } else { 2 * u64::from(TABLES.end) };
     compare_memory(&shadow, &ept, upto).map_err(|e| format!("{e}\nthe course before:\n  {}", course[from..].join("\n  ")))
+}
+
+fn audit(machines: &[&Machine]) -> Result<(), String> {
+    machines.iter().try_for_each(|m| m.audit().map_err(|e| format!("{}: {e}", m.mmu().name())))
 }
 
 fn compare_memory(shadow: &Machine, ept: &Machine, upto: u64) -> Result<(), String> {

@@ -22,7 +22,11 @@ fn begin(m: &mut Machine, cpl: u8, code: &[u8], change: impl FnOnce(&mut ArchSta
 }
 
 fn run(m: &mut Machine, entry: Entry, deadline: u64) -> Exit {
-    m.cpu.run(entry, deadline).unwrap_or_else(|e| panic!("{e}"))
+    let exit = m.cpu.run(entry, deadline).unwrap_or_else(|e| panic!("{e}"));
+    if exit == Exit::Deadline {
+        m.cpu.deliver_pending();
+    }
+    exit
 }
 
 #[test]

@@ -32,7 +32,11 @@ fn begin(m: &mut Machine, mode: Mode, code: &[u8], rcx: u64, rsi: u64, rdi: u64)
 }
 
 fn run(m: &mut Machine, entry: Entry, deadline: u64) -> Exit {
-    m.cpu.run(entry, deadline).unwrap_or_else(|e| panic!("{e}"))
+    let exit = m.cpu.run(entry, deadline).unwrap_or_else(|e| panic!("{e}"));
+    if exit == Exit::Deadline {
+        m.cpu.deliver_pending();
+    }
+    exit
 }
 
 /// RCX, RSI, RDI and RIP.
