@@ -145,6 +145,7 @@ fn reset_state() -> ArchState {
         interrupt_shadow: false,
         nmi_blocked: false,
         halted: false,
+        pending: vcpu::Pending::default(),
         ticks: 0,
     }
 }

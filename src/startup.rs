@@ -36,6 +36,7 @@ pub fn first_state(reset: ArchState, boot: &BootState) -> ArchState {
         interrupt_shadow: false,
         nmi_blocked: false,
         halted: false,
+        pending: Default::default(),
         ..reset
     }
 }

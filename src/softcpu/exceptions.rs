@@ -13,6 +13,7 @@ use crate::segments::Descriptor;
 use crate::stores::Stores;
 use mmu::PageFault;
 use vcpu::Segment;
+pub use vcpu::pending::{Event, EventKind};
 use vcpu::state::seg;
 
 /// An exception raised by an instruction.
@@ -57,61 +58,6 @@ impl Exception {
     /// Contributory exceptions (SDM Vol. 3 table 6-4).
     fn is_contributory(vector: u8) -> bool {
         matches!(vector, 0 | 10..=13)
-    }
-}
-
-/// Where an event comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EventKind {
-    /// An exception raised by an instruction (a fault or trap).
-    Exception,
-    /// INT n, INT3, INTO: RIP is still that of the instruction.
-    Software {
-        /// Length of the instruction in bytes: RIP plus this is what is pushed.
-        len: u8,
-    },
-    /// INT1: as [`EventKind::Software`], but the gate's DPL is not checked.
-    PrivilegedSoftware {
-        /// Length of the instruction in bytes.
-        len: u8,
-    },
-    /// An external interrupt.
-    Interrupt,
-    /// A non-maskable interrupt.
-    Nmi,
-}
-
-impl EventKind {
-    fn is_software(self) -> bool {
-        matches!(self, EventKind::Software { .. })
-    }
-
-    /// Bit 0 of error codes raised during delivery: the event came from outside the program.
-    fn external(self) -> u16 {
-        match self {
-            EventKind::Software { .. } | EventKind::PrivilegedSoftware { .. } => 0,
-            EventKind::Exception | EventKind::Interrupt | EventKind::Nmi => 1,
-        }
-    }
-}
-
-/// An event under delivery.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Event {
-    /// Vector.
-    pub vector: u8,
-    /// Error code to push.
-    pub code: Option<u32>,
-    /// Where it comes from.
-    pub kind: EventKind,
-    /// It pushes EFLAGS.RF: a fault, after which an instruction breakpoint is not to hit again.
-    pub resume: bool,
-}
-
-impl Event {
-    /// Without error code, and no fault.
-    pub fn of(vector: u8, kind: EventKind) -> Self {
-        Self { vector, code: None, kind, resume: false }
     }
 }
 

@@ -167,7 +167,8 @@ impl Core {
         let amd = self.model.is_amd();
         match msr {
             TSC => {
-                let now = self.model.ticks_to_tsc(self.ticks);
+                // By the clock that a read goes by; asked once, since time passes while the VMM is told.
+                let now = self.read_tsc()?.wrapping_sub(self.msrs.tsc_offset);
                 return self.set_tsc_offset(value.wrapping_sub(now));
             }
             TSC_ADJUST => return self.set_tsc_offset(value),

@@ -7,7 +7,7 @@ use crate::tlb::TlbMode;
 use guestmem::{Gva, Hpa};
 use mmu::{Access, AccessKind, Privilege};
 use vcpu::state::seg;
-use vcpu::{ArchState, CachedTranslation};
+use vcpu::{ArchState, CachedTranslation, Pending};
 
 /// The MSRs of a snapshot, in ascending order of index, and where they are kept.
 macro_rules! msrs {
@@ -58,6 +58,7 @@ impl Core {
             interrupt_shadow: self.attention.contains(Attention::SHADOW),
             nmi_blocked: self.nmi_blocked,
             halted: self.attention.contains(Attention::HALTED),
+            pending: self.pending(),
             ticks: self.ticks,
         }
     }
@@ -87,6 +88,30 @@ impl Core {
             }));
         }
         held
+    }
+
+    fn pending(&self) -> Pending {
+        Pending {
+            event: self.event.filter(|_| self.attention.contains(Attention::EVENT)),
+            arrival: self.native.arrival,
+            nmi: self.attention.contains(Attention::NMI),
+            breakpoints: self.native.debug_hits | self.native.held_hits,
+            stack_shadow: self.attention.contains(Attention::SHADOW) && self.native.stack_shadow,
+            repeating: self.native.repeating,
+            shut_down: self.attention.contains(Attention::SHUTDOWN),
+        }
+    }
+
+    fn set_pending(&mut self, pending: &Pending) {
+        self.event = pending.event;
+        self.attention.set(Attention::EVENT, pending.event.is_some());
+        self.native.arrival = pending.arrival;
+        self.attention.set(Attention::ARRIVAL, pending.arrival.is_some());
+        self.attention.set(Attention::NMI, pending.nmi);
+        self.attention.set(Attention::SHUTDOWN, pending.shut_down);
+        self.native.held_hits = pending.breakpoints;
+        self.native.stack_shadow = pending.stack_shadow;
+        self.native.repeating = pending.repeating;
     }
 
     /// Replaces everything architectural. What an instruction under way had been answered is forgotten.
@@ -123,23 +148,27 @@ impl Core {
         self.attention.set(Attention::HALTED, state.halted);
         self.ticks = state.ticks;
         self.added_ticks = state.ticks;
-        self.event = None;
         self.end_transient();
         self.table_stores.clear();
         self.code_writes_done.clear();
         self.exit = None;
         self.native.forget_instruction();
+        self.set_pending(&state.pending);
         self.flags.set_all(state.rflags);
-        // Outside protected mode and in virtual-8086 mode the CPL is fixed; else it is SS.DPL.
+        // Outside protected mode and in virtual-8086 mode the CPL is fixed; else it is SS.DPL, or what a task that is to
+        // be entered asks for.
         self.cpl = if self.flags.has(bit::VM) {
             3
+        } else if state.pending.arrival.is_some() {
+            (self.segments[seg::CS].selector & 3) as u8
         } else if self.protected() {
             self.segments[seg::SS].dpl()
         } else {
             0
         };
         self.mode_changed();
-        self.regs[usize::from(REG_IP)] = state.rip & self.ip_mask;
+        // A task may have begun with an EIP beyond the limit of its CS, which is then in the frame of its fault.
+        self.regs[usize::from(REG_IP)] = state.rip & if self.mode64 { u64::MAX } else { 0xffff_ffff };
         self.flush_tlb(mmu::TlbFlush::All);
     }
 }

@@ -13,8 +13,8 @@ use crate::op::{Flow, Op, Stop};
 use crate::segments::Descriptor;
 use crate::stores::Stores;
 use mmu::paging::bits::CR0_PG;
-use serde::{Deserialize, Serialize};
 use vcpu::Segment;
+use vcpu::pending::Arrival;
 use vcpu::state::seg;
 
 /// CR0.TS: the registers of x87 and SSE are another task's.
@@ -65,15 +65,6 @@ struct TaskState {
 
 /// DR6.BT: the debug trap bit of the new task's TSS.
 const DR6_BT: u64 = 1 << 15;
-
-/// A task that has been switched to and not entered yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Arrival {
-    /// The error code to push, and its size.
-    code: Option<(u32, u8)>,
-    /// What traps on arrival, as DR6 has it.
-    dr6: u64,
-}
 
 impl Core {
     /// A far JMP or CALL to a TSS, direct or through a task gate.
@@ -151,12 +142,8 @@ impl Core {
         self.commit(stores)?;
         self.tr = Segment { attributes: new_tss.attributes | 2, ..new_tss };
         self.take_registers(&state, cause);
-        self.native.arrival = Some(Arrival { code: code.map(|code| (code, if wide { 4 } else { 2 })), dr6: 0 });
-        if let Some(arrival) = &mut self.native.arrival
-            && state.trap
-        {
-            arrival.dr6 = DR6_BT;
-        }
+        let code = code.map(|code| (code, if wide { 4 } else { 2 }));
+        self.native.arrival = Some(Arrival { code, dr6: if state.trap { DR6_BT } else { 0 } });
         self.attention.insert(Attention::ARRIVAL);
         Ok(())
     }
@@ -199,11 +186,9 @@ impl Core {
         let Some(arrival) = self.native.arrival else { return Ok(0) };
         if !self.v86() {
             self.load_task_segments()?;
-            let ip = self.ip();
-            if ip > u64::from(self.segments[seg::CS].limit) {
-                return Err(self.gp(0));
-            }
-            self.set_ip(ip);
+        }
+        if self.ip() > u64::from(self.segments[seg::CS].limit) {
+            return Err(self.gp(0));
         }
         if let Some((code, size)) = arrival.code {
             self.push(u64::from(code), size)?;

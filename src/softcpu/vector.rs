@@ -40,7 +40,7 @@ pub struct Native {
     /// The instruction under way has just set EFLAGS.RF.
     pub fresh_resume: bool,
     /// The task that was switched to and is to be entered.
-    pub arrival: Option<crate::task::Arrival>,
+    pub arrival: Option<vcpu::pending::Arrival>,
 }
 
 /// Whether the host can execute what `model` declares.

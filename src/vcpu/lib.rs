@@ -5,14 +5,16 @@
 //! from its start and finds the answers it asked for, in order, until it completes. So an instruction may exit several
 //! times (a page fault of the engine's, then a device read, then a device write) and still executes exactly once.
 //!
-//! Read [`exit`], then [`state`] and [`cached`].
+//! Read [`exit`], then [`state`], [`pending`] and [`cached`].
 
 pub mod cached;
 pub mod exit;
+pub mod pending;
 pub mod state;
 
 pub use cached::CachedTranslation;
 pub use exit::{Answer, Entry, Exit, TableStore};
+pub use pending::Pending;
 pub use state::{ArchState, Segment, TableRegister};
 
 use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};

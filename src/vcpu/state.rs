@@ -1,5 +1,6 @@
 //! The architectural state of one CPU as plain data: what a snapshot, a comparison or a debugger needs.
 
+use crate::pending::Pending;
 use serde::{Deserialize, Serialize};
 
 /// A segment register with its hidden part (SDM Vol. 3 §3.4.3).
@@ -119,6 +120,8 @@ pub struct ArchState {
     pub nmi_blocked: bool,
     /// The CPU is halted.
     pub halted: bool,
+    /// What was begun before the next instruction and is not finished.
+    pub pending: Pending,
     /// Virtual time in ticks.
     pub ticks: u64,
 }

@@ -35,6 +35,10 @@ pub struct Case {
     pub steps: u64,
     /// The backends' tables are checked after each step, and not at the end only.
     pub audit: bool,
+    /// The nested machine's CPU is given its own state anew after each step.
+    pub restore: bool,
+    /// What is written over the machine's memory at the end.
+    pub patches: Vec<(u32, Vec<u8>)>,
 }
 
 impl Case {
@@ -87,6 +91,8 @@ impl Case {
             policies: [policy(choose), policy(choose)],
             steps: 30 + choose.below(70),
             audit: choose.once_in(24),
+            restore: choose.once_in(6),
+            patches: Vec::new(),
         }
     }
 
@@ -124,6 +130,9 @@ impl Case {
             code.truncate(HANDLER_SIZE as usize);
             image.put(HANDLERS + vector as u32 * HANDLER_SIZE, &code);
         }
+        for (at, bytes) in &self.patches {
+            image.put(*at, bytes);
+        }
         image
     }
 
@@ -152,6 +161,7 @@ impl Case {
         add(&|case| case.ept = ept::Options::default());
         add(&|case| case.policies = [Policy::Linear; 2]);
         add(&|case| case.start = 0);
+        add(&|case| case.restore = false);
         add(&|case| case.rflags = 2);
         for at in (0..16).filter(|&at| at != 4 && self.gprs[at] != 0) {
             add(&|case| case.gprs[at] = 0);

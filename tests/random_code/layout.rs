@@ -115,7 +115,7 @@ impl Mode {
             _ => choose.one(&[LEAF_A, LEAF_B, DIRECTORY_A, DIRECTORY_B]),
         };
         let flags = match choose.below(8) {
-            0 => choose.bits() & 0xfff,
+            0 => choose.bits() & 0xfff | 0x60,
             1 => 0,
             2 => 0x61,
             3 => 0x65,
@@ -313,7 +313,10 @@ impl Image {
 
     fn put_tables(&mut self, mode: &Mode, choose: &mut Choose, still: bool) {
         let size = mode.entry_size();
-        let dirty = if choose.once_in(4) { 7 } else { 0x67 };
+        // An instruction that reads the entry which its own store makes dirty reads it so where it was begun anew after
+        // an exit, and may do so: only tables that nobody reads begin without these flags.
+        let dirty = if still && choose.once_in(3) { 7 } else { 0x67 };
+        let clean = if still { 7 } else { 0x67 };
         for leaf in [LEAF_A, LEAF_B] {
             for page in 0..512u32 {
                 self.word(leaf + page * size, u64::from(page << 12) | dirty, size);
@@ -321,7 +324,7 @@ impl Image {
             for _ in 0..choose.below(4) {
                 let page = 16 + choose.below(10) as u32;
                 // A global entry that only one of the roots has would be stale under the other.
-                let flags = choose.one(&[0x61, 0x65, 0x63, 0x60, if still { 0x67 } else { 0x167 }, 0x7]);
+                let flags = choose.one(&[0x61, 0x65, 0x63, 0x60, if still { 0x67 } else { 0x167 }, clean]);
                 let frame = if choose.once_in(3) { 23 + choose.below(2) as u32 } else { page };
                 self.word(leaf + page * size, u64::from(frame << 12) | flags, size);
             }

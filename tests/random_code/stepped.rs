@@ -9,11 +9,16 @@ use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
 use softcpu::SoftCpu;
 use vcpu::{ArchState, Entry, Exit, Vcpu, VcpuError};
 
-/// A software CPU that begins in a state of the test's, and forgets its TLB whenever it is entered.
+/// A software CPU that begins in a state of the test's, and forgets its TLB whenever it is entered, or even everything
+/// that is not in its [`ArchState`] whenever it was left between two instructions.
 struct Stepped {
     cpu: SoftCpu,
     first: ArchState,
     flush: bool,
+    restore: bool,
+    between: bool,
+    /// What was retired before the state was set last.
+    retired: u64,
 }
 
 impl Vcpu for Stepped {
@@ -21,7 +26,13 @@ impl Vcpu for Stepped {
         if self.flush {
             self.cpu.flush(TlbFlush::All);
         }
-        self.cpu.run(entry, deadline)
+        if self.restore && self.between {
+            self.retired += self.cpu.retired();
+            self.cpu.set_state(&self.cpu.state());
+        }
+        let exit = self.cpu.run(entry, deadline);
+        self.between = matches!(exit, Ok(Exit::Deadline));
+        exit
     }
     fn ticks(&self) -> u64 {
         self.cpu.ticks()
@@ -30,7 +41,7 @@ impl Vcpu for Stepped {
         self.cpu.add_ticks(ticks);
     }
     fn retired(&self) -> u64 {
-        self.cpu.retired()
+        self.retired + self.cpu.retired()
     }
     fn paging_state(&self) -> PagingState {
         self.cpu.paging_state()
@@ -81,7 +92,8 @@ fn machine(case: &Case, image: &Image, mmu: MmuKind) -> Machine {
     let machine = Machine::with_cpu(config, Wiring::default(), model.tsc_hz(), |memory| {
         let cpu = SoftCpu::new(memory, model)?;
         let first = first_state(cpu.state(), &case.mode, image, case.gprs, case.rflags);
-        Ok(Box::new(Stepped { cpu, first, flush: !case.still }))
+        let restore = case.restore && mmu == MmuKind::Ept;
+        Ok(Box::new(Stepped { cpu, first, flush: !case.still, restore, between: false, retired: 0 }))
     });
     let machine = machine.unwrap_or_else(|e| panic!("{e}"));
     machine.memory().write(Gpa(u64::from(Image::BASE)), image.bytes()).unwrap_or_else(|e| panic!("{e}"));
