@@ -127,12 +127,12 @@ impl CodeCache {
         let context = core.tlb.fetch_generation << 20 | core.tlb.fetch_key << 4 | core.code_key;
         let slot = ((ip >> 1) ^ (ip >> 13)) as usize % JUMPS;
         let jump = &self.jumps[slot];
-        if jump.ip == ip && jump.context == context && jump.block != NO_BLOCK {
+        if jump.ip == ip && jump.context == context && jump.block != NO_BLOCK && core.flat_code {
             return Ok(jump.block);
         }
         let index = self.find_slow(core, ip)?;
-        if core.mode64 && self.block(index).is_some_and(|b| b.crossing.is_none()) {
-            // In 64-bit mode there is no CS base or limit to look at, so RIP alone names the code.
+        if core.flat_code && self.block(index).is_some_and(|b| b.crossing.is_none()) {
+            // There is no CS base or limit to look at, so RIP names the code, in the mode that the code key holds.
             self.jumps[slot] = Jump { ip, context, block: index };
         }
         Ok(index)

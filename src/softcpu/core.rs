@@ -96,6 +96,8 @@ pub struct Core {
     pub memory: Arc<GuestMemory>,
     /// 64-bit mode: CS.L in long mode.
     pub mode64: bool,
+    /// RIP alone names the code: 64-bit mode, or a CS that is the whole of the address space.
+    pub flat_code: bool,
     /// Current privilege level.
     pub cpl: u8,
     /// Bits of RIP that count: 16, 32 or 64 of them.
@@ -185,6 +187,7 @@ impl Core {
             host_base: memory.host().base() as u64,
             memory,
             mode64: false,
+            flat_code: false,
             cpl: 0,
             ip_mask: 0xffff,
             code_key: 0,
@@ -354,6 +357,7 @@ impl Core {
         let cs = &self.segments[seg::CS];
         self.mode64 = self.long_mode() && cs.long();
         let big = cs.big();
+        self.flat_code = self.mode64 || cs.base == 0 && cs.limit == u32::MAX;
         self.ip_mask = if self.mode64 {
             u64::MAX
         } else if big {

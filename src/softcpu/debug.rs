@@ -75,3 +75,7 @@ impl Core {
         true
     }
 }
+
+#[cfg(test)]
+#[path = "debug_tests.rs"]
+mod tests;

@@ -86,3 +86,7 @@ impl Core {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "stores_tests.rs"]
+mod tests;

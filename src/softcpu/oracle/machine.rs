@@ -130,6 +130,12 @@ impl<C: Vcpu> Machine<C> {
         self.cpu.flush(TlbFlush::All);
     }
 
+    /// The page table entry of a page.
+    pub fn entry(&self, linear: u64) -> u64 {
+        let at = self.leaves.wrapping_add((linear - self.base) / PAGE_SIZE * 8);
+        self.memory.host().read_u64(at).unwrap_or_else(|| panic!("{at} is outside"))
+    }
+
     /// Chooses what exits.
     pub fn intercept(&mut self, intercepts: Intercepts) {
         let format = Long { levels: 4, nxe: true, phys_bits: 46, gib_pages: false };
