@@ -96,6 +96,26 @@ impl Case {
         }
     }
 
+    /// An empty program in a machine in which nothing is left to chance but the data.
+    pub fn plain(mode: Mode) -> Self {
+        let mut gprs = [0; 16];
+        gprs[4] = u64::from(mode.offset(STACKS[usize::from(mode.cpl == 3)] + 0xf80));
+        Self {
+            pieces: Vec::new(),
+            handlers: vec![Vec::new(); 32],
+            start: 0,
+            gprs,
+            rflags: 2,
+            shadow: shadow::Options::default(),
+            ept: ept::Options::default(),
+            policies: [Policy::Linear; 2],
+            still: false,
+            audit: true,
+            restore: true,
+            ..Self::new(mode, 8)
+        }
+    }
+
     /// Memory before the first instruction.
     pub fn image(&self) -> Image {
         let mut image = Image::new(&self.mode, self.seed, self.still);

@@ -85,6 +85,11 @@ impl Mode {
         }
     }
 
+    /// The tables of the last level, under each root.
+    pub fn leaves(&self) -> [u32; 2] {
+        [LEAF_A, LEAF_B]
+    }
+
     /// The entry of a table page that a guest is likely to depend on.
     pub fn table_entry(&self, choose: &mut Choose) -> u32 {
         let size = self.entry_size();

@@ -13,6 +13,7 @@
 
 mod case;
 mod choose;
+mod known;
 mod layout;
 mod snippets;
 mod stepped;

@@ -158,6 +158,18 @@ pub fn run_both(case: &Case) -> Result<(), String> {
     compare_memory(&shadow, &ept, upto).map_err(|e| format!("{e}\nthe course before:\n  {}", course[from..].join("\n  ")))
 }
 
+/// The state of each machine after the case's steps.
+pub fn final_states(case: &Case) -> [ArchState; 2] {
+    let image = case.image();
+    MmuKind::ALL.map(|mmu| {
+        let mut machine = machine(case, &image, mmu);
+        for _ in 0..case.steps {
+            step(&mut machine, 1).unwrap_or_else(|failure| panic!("{failure}"));
+        }
+        machine.cpu().state()
+    })
+}
+
 fn audit(machines: &[&Machine]) -> Result<(), String> {
     machines.iter().try_for_each(|m| m.audit().map_err(|e| format!("{}: {e}", m.mmu().name())))
 }
