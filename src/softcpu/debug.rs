@@ -34,7 +34,11 @@ impl Core {
         // RF holds for one instruction, all iterations of it.
         let resume = self.native.repeating || self.flags.has(bit::RF) && fresh;
         if resume != self.flags.has(bit::RF) {
-            if resume { self.flags.insert(bit::RF) } else { self.flags.remove(bit::RF) }
+            if resume {
+                self.flags.insert(bit::RF)
+            } else {
+                self.flags.remove(bit::RF)
+            }
             self.translation_mode_changed();
         }
         if hits | step == 0 {

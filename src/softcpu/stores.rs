@@ -29,7 +29,8 @@ impl Core {
         segment: u8,
     ) -> Result<(), Stop> {
         let mut done = 0;
-        for (target, part) in self.store_targets(lin, data.len() as u64, who, segment)?.into_iter().flatten() {
+        for (target, part) in self.store_targets(lin, data.len() as u64, who, segment)?.into_iter().flatten()
+        {
             let mut bytes = [0; 8];
             bytes[..part as usize].copy_from_slice(&data[done..done + part as usize]);
             stores.pieces.push((target, bytes, part as u8));
@@ -44,7 +45,13 @@ impl Core {
     }
 
     /// Adds a push of `size` bytes below `sp` in the stack segment, and moves `sp`.
-    pub fn plan_push(&mut self, stores: &mut Stores, sp: &mut u64, value: u64, size: u8) -> Result<u64, Stop> {
+    pub fn plan_push(
+        &mut self,
+        stores: &mut Stores,
+        sp: &mut u64,
+        value: u64,
+        size: u8,
+    ) -> Result<u64, Stop> {
         let at = sp.wrapping_sub(u64::from(size)) & self.stack_mask();
         let lin = if self.mode64 { at } else { checked(self, seg::SS as u8, at, u64::from(size), true)? };
         self.plan(stores, lin, &value.to_le_bytes()[..usize::from(size)], Who::Current, seg::SS as u8)?;

@@ -49,7 +49,9 @@ impl Case {
         let pieces = (0..3 + choose.below(14)).map(|_| snippets::piece(&mode, choose, still)).collect();
         let inside = Mode { cpl: 0, v86: false, bits: handler_bits(&mode), ..mode };
         let handlers = (0..32)
-            .map(|vector| if choose.once_in(3) { Vec::new() } else { handler(&inside, choose, still, vector) })
+            .map(
+                |vector| if choose.once_in(3) { Vec::new() } else { handler(&inside, choose, still, vector) },
+            )
             .collect();
         let mut gprs = std::array::from_fn(|_| match choose.below(4) {
             0 => choose.below(16),
@@ -190,7 +192,11 @@ impl Case {
     }
 
     /// The smallest case to be found that fails too, and how it fails.
-    pub fn shrink(mut self, mut failure: String, run: impl Fn(&Case) -> Result<(), String>) -> (Case, String) {
+    pub fn shrink(
+        mut self,
+        mut failure: String,
+        run: impl Fn(&Case) -> Result<(), String>,
+    ) -> (Case, String) {
         let mut patience = 3000;
         'again: while patience > 0 {
             for case in self.smaller() {

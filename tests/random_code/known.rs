@@ -54,7 +54,8 @@ fn switching(mode: Mode, words: &[(u32, u32)]) -> Case {
     let mut far = if mode.bits == 16 { vec![0x66, 0xea] } else { vec![0xea] };
     far.extend([0, 0, 0, 0, 0x50, 0]);
     let mut case = case(mode, &far);
-    let mut put = |offset: u32, value: u32| case.patches.push((TSS[1] + offset, value.to_le_bytes().to_vec()));
+    let mut put =
+        |offset: u32, value: u32| case.patches.push((TSS[1] + offset, value.to_le_bytes().to_vec()));
     put(28, mode.roots()[1]);
     put(32, CODE + 0x40);
     put(36, 2);

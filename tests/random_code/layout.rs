@@ -5,8 +5,6 @@
 //! program that finds them.
 
 use crate::choose::Choose;
-use vcpu::state::seg;
-use vcpu::{ArchState, Segment, TableRegister};
 
 /// Where 16-bit segments begin.
 pub const WINDOW: u32 = 0x1_0000;
@@ -14,7 +12,8 @@ pub const WINDOW: u32 = 0x1_0000;
 pub const CODE: u32 = 0x1_0000;
 /// GDT; the LDT is in its upper half.
 pub const GDT: u32 = 0x1_2000;
-const LDT: u32 = GDT + 0x800;
+/// The LDT.
+pub const LDT: u32 = GDT + 0x800;
 /// IDT, or interrupt vectors.
 pub const IDT: u32 = 0x1_3000;
 /// The task that runs, the one to switch to, and a 16-bit one.
@@ -94,7 +93,8 @@ impl Mode {
     pub fn table_entry(&self, choose: &mut Choose) -> u32 {
         let size = self.entry_size();
         let leaf = |choose: &mut Choose| {
-            let page = if choose.once_in(8) { choose.below(1024 / u64::from(size)) } else { 14 + choose.below(18) };
+            let page =
+                if choose.once_in(8) { choose.below(1024 / u64::from(size)) } else { 14 + choose.below(18) };
             page as u32 * size
         };
         let few = choose.below(4) as u32 * size;
@@ -147,8 +147,8 @@ pub mod selector {
     pub const CODE64: u16 = 0x58;
     /// All, with the requested levels that make sense.
     pub const ALL: [u16; 24] = [
-        0x08, 0x10, 0x1b, 0x23, 0x28, 0x30, 0x3b, 0x43, 0x48, 0x50, 0x50, 0x58, 0x63, 0x68, 0x6b, 0x78, 0x7b, 0x80,
-        0x83, 0x90, 0x98, 0xa0, 0x0c, 0,
+        0x08, 0x10, 0x1b, 0x23, 0x28, 0x30, 0x3b, 0x43, 0x48, 0x50, 0x50, 0x58, 0x63, 0x68, 0x6b, 0x78, 0x7b,
+        0x80, 0x83, 0x90, 0x98, 0xa0, 0x0c, 0,
     ];
 }
 
@@ -204,7 +204,7 @@ impl Image {
             let value = match choose.below(3) {
                 0 => choose.bits(),
                 1 => u64::from(CODE) + choose.below(0x1_0000),
-                _ => u64::from(choose.one(&selector::ALL)) << 32 | u64::from(CODE) + choose.below(0x40),
+                _ => (u64::from(choose.one(&selector::ALL)) << 32) | (u64::from(CODE) + choose.below(0x40)),
             };
             image.word(at, value, 8);
         }
@@ -363,81 +363,4 @@ impl Image {
             }
         }
     }
-}
-
-fn segment(selector: u16, base: u64, limit: u32, attributes: u16) -> Segment {
-    Segment { selector, base, limit, attributes }
-}
-
-/// The registers that a case begins with, over those after reset.
-pub fn first_state(reset: ArchState, mode: &Mode, image: &Image, gprs: [u64; 16], rflags: u64) -> ArchState {
-    let dpl = u16::from(mode.cpl) << 5;
-    let rpl = u16::from(mode.cpl);
-    let step = if mode.cpl == 3 { 0x10 } else { 0 };
-    let (code, data) = match (mode.protected && !mode.v86, mode.bits) {
-        (false, _) => {
-            let rights = if mode.v86 { 0xf3 } else { 0x93 };
-            let s = segment((WINDOW >> 4) as u16, u64::from(WINDOW), 0xffff, rights);
-            (s, s)
-        }
-        (true, 16) => (
-            segment((0x28 + step) | rpl, u64::from(WINDOW), 0xffff, 0x9b | dpl),
-            segment((0x30 + step) | rpl, u64::from(WINDOW), 0xffff, 0x93 | dpl),
-        ),
-        (true, bits) => {
-            let (selector, mode) = if bits == 64 {
-                (if mode.cpl == 3 { 0x60 } else { 0x58 }, 0xa09b)
-            } else {
-                (0x08 + step, 0xc09b)
-            };
-            (
-                segment(selector | rpl, 0, u32::MAX, mode | dpl),
-                segment((0x10 + step) | rpl, 0, u32::MAX, 0xc093 | dpl),
-            )
-        }
-    };
-    let mut segments = [data; 6];
-    segments[seg::CS] = code;
-    let paged = mode.paging != Paging::Off;
-    let long = mode.paging == Paging::Long;
-    let root = mode.roots()[0];
-    let pdptes = std::array::from_fn(|i| {
-        let at = (root - Image::BASE) as usize + 8 * i;
-        let bytes = image.bytes.get(at..at + 8).unwrap_or(&[0; 8]);
-        if mode.paging == Paging::Pae { bytes.iter().rev().fold(0, |v, &b| v << 8 | u64::from(b)) } else { 0 }
-    });
-    ArchState {
-        gprs,
-        rip: u64::from(mode.offset(CODE)),
-        rflags: rflags | 2 | if mode.v86 { 1 << 17 } else { 0 },
-        segments,
-        ldtr: segment(0x88, u64::from(LDT), 0x3f, 0x82),
-        tr: segment(selector::TSS_A, u64::from(TSS[0]), 0x3ff, 0x8b),
-        gdtr: TableRegister { base: u64::from(GDT), limit: 0xaf },
-        idtr: TableRegister { base: u64::from(IDT), limit: 0x1ff },
-        cr0: 0x10 | u64::from(mode.protected) | if paged { 0x8000_0000 } else { 0 },
-        cr3: u64::from(root),
-        cr4: match mode.paging {
-            Paging::Off => 0x600,
-            Paging::Bits32 => 0x610,
-            _ => 0x6a0,
-        },
-        efer: if long { 0xd01 } else { 1 },
-        pdptes,
-        msrs: reset.msrs.iter().map(|&(index, value)| (index, first_msr(index).unwrap_or(value))).collect(),
-        ..reset
-    }
-}
-
-/// Where fast system calls lead.
-fn first_msr(index: u32) -> Option<u64> {
-    let handler = u64::from(HANDLERS + 3 * HANDLER_SIZE);
-    Some(match index {
-        0x174 => 0x08,
-        0x175 => u64::from(STACKS[0]) + 0xe00,
-        0x176 | 0xc000_0082 | 0xc000_0083 => handler,
-        0xc000_0081 => 0x0013_0008 << 32 | handler,
-        0xc000_0084 => 0x4_0700,
-        _ => return None,
-    })
 }

@@ -15,8 +15,10 @@ mod case;
 mod choose;
 mod known;
 mod layout;
+mod registers;
 mod snippets;
 mod stepped;
+mod system_snippets;
 
 use case::Case;
 use choose::Choose;

@@ -2,7 +2,8 @@
 
 use crate::case::Case;
 use crate::choose::Choose;
-use crate::layout::{Image, TABLES, first_state};
+use crate::layout::{Image, TABLES};
+use crate::registers::first_state;
 use antumbra::{End, Limits, Machine, MachineConfig, MmuKind, MmuOptions, Wiring};
 use guestmem::{Gpa, PAGE_SIZE};
 use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
@@ -155,7 +156,8 @@ pub fn run_both(case: &Case) -> Result<(), String> {
     let from = course.len().saturating_sub(8);
     // What lies beyond the tables' reach takes long to look at, and is touched rarely.
     let upto = if case.seed.is_multiple_of(16) { MEMORY } else { 2 * u64::from(TABLES.end) };
-    compare_memory(&shadow, &ept, upto).map_err(|e| format!("{e}\nthe course before:\n  {}", course[from..].join("\n  ")))
+    compare_memory(&shadow, &ept, upto)
+        .map_err(|e| format!("{e}\nthe course before:\n  {}", course[from..].join("\n  ")))
 }
 
 /// The state of each machine after the case's steps.
@@ -177,7 +179,8 @@ fn audit(machines: &[&Machine]) -> Result<(), String> {
 fn compare_memory(shadow: &Machine, ept: &Machine, upto: u64) -> Result<(), String> {
     let mut pages = [[0; PAGE_SIZE as usize]; 2];
     for at in (0..upto).step_by(PAGE_SIZE as usize) {
-        let read = [shadow, ept].into_iter().zip(&mut pages).map(|(m, page)| m.memory().read(Gpa(at), page).is_ok());
+        let read =
+            [shadow, ept].into_iter().zip(&mut pages).map(|(m, page)| m.memory().read(Gpa(at), page).is_ok());
         let there: Vec<_> = read.collect();
         if there != [true, true] {
             continue;
