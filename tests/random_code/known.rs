@@ -34,19 +34,21 @@ fn run(case: &Case) -> ArchState {
 
 #[test]
 fn a_step_over_a_cr3_load_is_delivered_through_the_new_root() {
-    // MOV CR3, RAX under TF.
-    let mut case = case(LONG, &[0x0f, 0x22, 0xd8, 0x90]);
+    // NOP and MOV CR3, RAX under TF. The first step brings all that a delivery needs into the tables of the old root.
+    let mut case = case(LONG, &[0x90, 0x0f, 0x22, 0xd8, 0x90]);
     let root = u64::from(LONG.roots()[1]);
     case.gprs[0] = root;
     case.rflags = 0x102;
     // Under the new root the stack is elsewhere.
     let stack = STACKS[0] >> 12;
     case.patches.push(entry(&LONG, LONG.leaves()[1], stack, DATA >> 12, 0x67));
-    run(&case);
-    case.steps = 1;
+    // The steps of NOP and of the handler's IRET come first.
+    case.steps = 3;
     let state = run(&case);
-    assert_eq!((state.cr3, state.rip), (root, u64::from(CODE) + 3));
+    assert_eq!((state.cr3, state.rip), (root, u64::from(CODE) + 4));
     assert_eq!(state.pending.event.map(|event| event.vector), Some(1), "the step waits for the new root");
+    case.steps = 8;
+    run(&case);
 }
 
 /// A case that jumps to the TSS of selector 0x50, whose task has another root, and its TSS in words.
@@ -142,23 +144,4 @@ fn a_task_gate_delivers_its_error_code_on_the_stack_of_the_task() {
     let state = run(&case);
     assert_eq!((state.rip, state.gprs[4]), (u64::from(CODE) + 0x40, u64::from(STACKS[0]) + 0x7fc));
     assert_eq!(state.rflags >> 14 & 1, 1, "NT");
-}
-
-#[test]
-fn a_breakpoint_on_the_first_instruction_of_a_handler_costs_the_same_under_both() {
-    // A store to a page table, and a handler that is watched: what exits must not decide when the #DB comes.
-    let mut code = vec![0xc7, 0x04, 0x25];
-    let leaf = LONG.leaves()[0] + (DATA >> 12) * 8;
-    code.extend(leaf.to_le_bytes());
-    code.extend(((DATA >> 12) << 12 | 0x63).to_le_bytes());
-    code.extend([0xcc, 0x90]);
-    let mut case = case(LONG, &code);
-    let handler = HANDLERS + 3 * HANDLER_SIZE;
-    case.pieces.insert(0, {
-        let mut set = vec![0xb8];
-        set.extend(handler.to_le_bytes());
-        set.extend([0x0f, 0x23, 0xc0, 0xb8, 2, 4, 0, 0, 0x0f, 0x23, 0xf8]);
-        set
-    });
-    run(&case);
 }
