@@ -1,7 +1,7 @@
 //! Programs under which the backends once differed, each written out.
 
 use crate::case::Case;
-use crate::layout::{CODE, DATA, GDT, HANDLER_SIZE, HANDLERS, Mode, Paging, STACKS, TSS};
+use crate::layout::{CODE, DATA, GDT, Mode, Paging, STACKS, TSS};
 use crate::stepped::{final_states, run_both};
 use crate::{LONG, legacy};
 use vcpu::ArchState;
@@ -144,4 +144,29 @@ fn a_task_gate_delivers_its_error_code_on_the_stack_of_the_task() {
     let state = run(&case);
     assert_eq!((state.rip, state.gprs[4]), (u64::from(CODE) + 0x40, u64::from(STACKS[0]) + 0x7fc));
     assert_eq!(state.rflags >> 14 & 1, 1, "NT");
+}
+
+#[test]
+fn cmpxchg16b_on_the_entry_that_maps_itself_is_one_store() {
+    // LOCK CMPXCHG16B on the first entries of the page-directory-pointer table, which then map nothing, with a breakpoint
+    // that keeps translations out of the TLB.
+    let [table, directory] = LONG.middle();
+    let mut code = vec![0xf0, 0x48, 0x0f, 0xc7, 0x0c, 0x25];
+    code.extend(table.to_le_bytes());
+    let mut set = vec![0xb8, 0x00, 0x7f, 0x01, 0x00, 0x0f, 0x23, 0xc0, 0xb8];
+    set.extend(0x1_0402u32.to_le_bytes());
+    set.extend([0x0f, 0x23, 0xf8]);
+    let mut case = case(LONG, &code);
+    case.patches.push((table + 8, vec![0; 8]));
+    // What is compared with is what is there, flags of the directory's own use included.
+    (case.gprs[0], case.gprs[2]) = (u64::from(directory) | 0x27, 0);
+    (case.gprs[3], case.gprs[1]) = (0x1_7000, 0x55);
+    case.patches.push((table, (u64::from(directory) | 0x27).to_le_bytes().to_vec()));
+    // RAX is needed for the debug registers first.
+    let rax = case.gprs[0] as u32;
+    set.push(0xb8);
+    set.extend(rax.to_le_bytes());
+    case.pieces.insert(0, set);
+    case.steps = 7;
+    run(&case);
 }

@@ -89,6 +89,11 @@ impl Mode {
         [LEAF_A, LEAF_B]
     }
 
+    /// The page-directory-pointer table of the first root in long mode, and the directory that it leads to.
+    pub fn middle(&self) -> [u32; 2] {
+        [MIDDLE, DIRECTORY_A]
+    }
+
     /// The entry of a table page that a guest is likely to depend on.
     pub fn table_entry(&self, choose: &mut Choose) -> u32 {
         let size = self.entry_size();

@@ -127,10 +127,11 @@ fn cmpxchg16b(core: &mut Core, op: &Op) -> Flow {
     let old = (core.load::<u64>(lin, op.seg)?, core.load::<u64>(high_at, op.seg)?);
     let equal = old == (rax, rdx);
     let new = if equal { (rbx, rcx) } else { old };
-    // Both halves lie on one page that was just found to be writable, so the second store stops only where the first
-    // did: at a device, which has been written nothing before it has answered for both.
-    core.store::<u64>(lin, new.0, op.seg)?;
-    core.store::<u64>(high_at, new.1, op.seg)?;
+    // In one store: half of it may be the page table entry that the other half would go through.
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&new.0.to_le_bytes());
+    bytes[8..].copy_from_slice(&new.1.to_le_bytes());
+    core.store_bytes(lin, &bytes, op.seg)?;
     core.flags.set_zf(equal);
     if !equal {
         u64::set(&mut core.regs, RAX, 0, old.0);
