@@ -121,6 +121,7 @@ fn named(state: &ArchState) -> Vec<(String, String)> {
     put("interrupt shadow", yes(state.interrupt_shadow).into());
     put("NMIs blocked", yes(state.nmi_blocked).into());
     put("halted", yes(state.halted).into());
+    put("pending", format!("{:?}", state.pending));
     put("guest time (ns)", grouped(state.ticks));
     all
 }
@@ -242,7 +243,7 @@ mod tests {
             Value::Number(n) => *value = (n.as_u64().unwrap() ^ 1).into(),
             Value::Bool(b) => *b = !*b,
             Value::Array(a) => bump(a.last_mut().unwrap()),
-            Value::Object(o) => bump(o.iter_mut().next().unwrap().1),
+            Value::Object(o) => bump(o.iter_mut().find(|(_, field)| !field.is_null()).unwrap().1),
             _ => panic!("{value}"),
         }
     }
