@@ -32,7 +32,9 @@ impl Core {
         let step = if std::mem::take(&mut self.native.single_step) { DR6_BS } else { 0 };
         let fresh = std::mem::take(&mut self.native.fresh_resume);
         // RF holds for one instruction, all iterations of it.
-        let resume = self.native.repeating || self.flags.has(bit::RF) && fresh;
+        // Where no breakpoint could hit, processors do not set it for a step between two.
+        let between = self.native.repeating && self.debug[5] & 0xff != 0;
+        let resume = between || self.flags.has(bit::RF) && fresh;
         if resume != self.flags.has(bit::RF) {
             if resume {
                 self.flags.insert(bit::RF)

@@ -101,6 +101,8 @@ fn what_comes_between_two_iterations_has_rf_in_its_frame() {
     let mut m = begin(&[0xf3, 0xaa], |s| {
         rep(s);
         s.rflags |= TF;
+        s.debug[0] = DATA + 0x1000;
+        s.debug[DR7] = 0x402;
     });
     assert_eq!(run(&mut m, 1), Exit::Deadline);
     let trap = m.trap().unwrap_or_else(|| panic!("no step"));
