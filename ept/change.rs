@@ -8,8 +8,8 @@
 //! Nothing is reclaimed here, because that would take tables out from under the sweep: when no frame is free for a
 //! split, the large page is zapped (or, for the log, write protected whole), which is as true and costs faults later.
 
-use crate::EptMmu;
 use crate::entry::{END, ENTRIES, Kind, Leaf, span};
+use crate::{EptMmu, Seeded};
 use guestmem::{Gfn, Hfn, PageSize, Slot};
 use mmu::{Counter, TlbFlush};
 use std::ops::Range;
@@ -27,11 +27,17 @@ impl EptMmu {
     pub(crate) fn sweep(&mut self, frames: Range<Gfn>) -> TlbFlush {
         let logging = self.memory.dirty().is_active();
         // When the log starts or stops it concerns every page, whatever the range.
-        let range = if logging == self.logging { frames.start.0..frames.end.0.min(END) } else { 0..END };
+        let end = frames.end.0 - u64::from(self.is_broken(Seeded::LastFrameForgotten));
+        let everything = logging != self.logging && !self.is_broken(Seeded::LogKeepsToTheRange);
+        let range = if everything { 0..END } else { frames.start.0..end.min(END) };
         self.logging = logging;
         let mut sweep = Sweep { range, logging, stale: false };
         self.sweep_table(self.tables.root(), 4, 0, &mut sweep);
-        if sweep.stale { TlbFlush::All } else { TlbFlush::None }
+        match sweep.stale {
+            true if self.is_broken(Seeded::ChangeFlushesNonGlobal) => TlbFlush::NonGlobal,
+            true => TlbFlush::All,
+            false => TlbFlush::None,
+        }
     }
 
     fn sweep_table(&mut self, table: Hfn, level: u8, first: u64, sweep: &mut Sweep) {
@@ -44,7 +50,7 @@ impl EptMmu {
                 // What is corrupt is for the audit to report, not for a sweep to hide.
                 Kind::Empty | Kind::Corrupt => {}
                 Kind::Marker(gfn) => {
-                    if self.memory.slot(gfn) != Slot::Mmio {
+                    if self.memory.slot(gfn) != Slot::Mmio && !self.is_broken(Seeded::ChangedMarkerKept) {
                         self.tables.zap(table, index);
                     }
                 }
@@ -53,14 +59,16 @@ impl EptMmu {
                 }
                 Kind::Leaf(leaf) => self.sweep_large(table, index, level, at, leaf, sweep),
                 Kind::Table(child) => {
-                    let merged =
-                        if sweep.logging { None } else { self.merge(table, index, level, at, child) };
+                    let separate = sweep.logging && !self.is_broken(Seeded::MergeWhileLogging);
+                    let merged = if separate { None } else { self.merge(table, index, level, at, child) };
                     match merged {
-                        Some(stale) => sweep.stale |= stale,
+                        Some(stale) => sweep.stale |= stale && !self.is_broken(Seeded::MergeNotFlushed),
                         None => {
                             self.sweep_table(child, level - 1, at, sweep);
                             // Only this one: the table above is being swept, and is looked at by whoever sweeps it.
-                            self.tables.prune(child, &[table]);
+                            if !self.is_broken(Seeded::EmptyTablesKept) {
+                                self.tables.prune(child, &[table]);
+                            }
                         }
                     }
                 }
@@ -69,13 +77,15 @@ impl EptMmu {
     }
 
     fn sweep_page(&mut self, table: Hfn, index: u64, at: u64, leaf: Leaf, sweep: &mut Sweep) {
-        let logged = sweep.logging && !self.memory.dirty().is_marked(Gfn(at));
+        let marked = self.memory.dirty().is_marked(Gfn(at)) || self.is_broken(Seeded::LogRevokesNothing);
+        let logged = sweep.logging && !marked;
         let may_write = match self.memory.slot(Gfn(at)) {
             Slot::Ram(frame) if frame == leaf.frame => !logged,
-            Slot::Rom(frame) if frame == leaf.frame => false,
+            Slot::Rom(frame) if frame == leaf.frame => self.is_broken(Seeded::FrozenPageStaysWritable),
+            _ if self.is_broken(Seeded::ChangedPageKept) => return,
             _ => {
                 self.tables.zap(table, index);
-                sweep.stale = true;
+                sweep.stale |= !self.is_broken(Seeded::ChangedPageNotFlushed);
                 return;
             }
         };
@@ -87,7 +97,8 @@ impl EptMmu {
     }
 
     fn sweep_large(&mut self, table: Hfn, index: u64, level: u8, at: u64, leaf: Leaf, sweep: &mut Sweep) {
-        let whole = self.memory.large_backing(Gfn(at), leaf.size) == Some(leaf.frame);
+        let whole = self.memory.large_backing(Gfn(at), leaf.size) == Some(leaf.frame)
+            || self.is_broken(Seeded::ChangedLargePageKept);
         if whole && !sweep.logging {
             if !leaf.writable {
                 self.tables.set_writable(table, index, true);
@@ -100,21 +111,26 @@ impl EptMmu {
         if (!whole || self.options.eager_split)
             && let Ok(child) = self.split(table, index, level, at, leaf)
         {
-            self.sweep_table(child, level - 1, at, sweep);
+            if !self.is_broken(Seeded::PiecesNotSwept) {
+                self.sweep_table(child, level - 1, at, sweep);
+            }
             self.tables.prune(child, &[table]);
+            return;
+        }
+        if whole && self.is_broken(Seeded::LargePageNotProtected) {
             return;
         }
         if whole {
             self.protect(table, index, sweep);
         } else {
             self.tables.zap(table, index);
-            sweep.stale = true;
+            sweep.stale |= !self.is_broken(Seeded::ChangedLargePageNotFlushed);
         }
     }
 
     fn protect(&mut self, table: Hfn, index: u64, sweep: &mut Sweep) {
         self.tables.set_writable(table, index, false);
         self.tables.counters.count(Counter::EptWriteProtected);
-        sweep.stale = true;
+        sweep.stale |= !self.is_broken(Seeded::ProtectionNotFlushed);
     }
 }

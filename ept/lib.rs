@@ -59,7 +59,12 @@ impl EptMmu {
             );
         }
         let logging = memory.dirty().is_active();
-        let tables = table::Tables::new(Arc::clone(&memory), cap)?;
+        #[allow(unused_mut, reason = "test builds change it")]
+        let mut tables = table::Tables::new(Arc::clone(&memory), cap)?;
+        #[cfg(feature = "seeded-faults")]
+        {
+            tables.seeded = options.seeded;
+        }
         Ok(Self { memory, options, tables, logging, cpus: 0 })
     }
 
@@ -129,6 +134,9 @@ impl MmuBackend for EptMmu {
     fn load_cr3(&mut self, _cpu: CpuId, state: &PagingState, keep: bool) -> Result<TlbFlush, MmuError> {
         // SDM Vol. 3 §4.10.4.1, MOV to CR3.
         Ok(match (state.cr4 & bits::CR4_PCIDE != 0, keep) {
+            (false, _) if self.is_broken(Seeded::Cr3NotFlushed) => TlbFlush::None,
+            _ if self.is_broken(Seeded::Cr3KeepsAlways) => TlbFlush::None,
+            _ if self.is_broken(Seeded::Cr3FlushesOtherPcid) => TlbFlush::Pcid(state.pcid() ^ 1),
             (false, _) => TlbFlush::NonGlobal,
             (true, false) => TlbFlush::Pcid(state.pcid()),
             (true, true) => TlbFlush::None,
@@ -145,9 +153,14 @@ impl MmuBackend for EptMmu {
         kind: InvpcidKind,
         pcid: u16,
         gva: Gva,
-        _state: &PagingState,
+        state: &PagingState,
     ) -> Result<TlbFlush, MmuError> {
+        let pcid = if self.is_broken(Seeded::InvpcidOfCurrentPcid) { state.pcid() } else { pcid };
         Ok(match kind {
+            _ if self.is_broken(Seeded::InvpcidIgnored) => TlbFlush::None,
+            InvpcidKind::AllIncludingGlobal if self.is_broken(Seeded::InvpcidSparesGlobal) => {
+                TlbFlush::NonGlobal
+            }
             InvpcidKind::Address => TlbFlush::PageOf(pcid, gva),
             InvpcidKind::SingleContext => TlbFlush::Pcid(pcid),
             InvpcidKind::AllIncludingGlobal => TlbFlush::All,
@@ -164,12 +177,16 @@ impl MmuBackend for EptMmu {
         // SDM Vol. 3 §4.10.4.1, MOV to CR0 and CR4. What changes how entries are *read* flushes too (PSE, LA57, NXE),
         // which the manual leaves to software; what changes how rights are *judged* (WP, SMAP, PKE) needs no flush.
         let cr4 = old.cr4 ^ state.cr4;
-        let how_read = bits::CR4_PAE | bits::CR4_PSE | bits::CR4_LA57;
-        let flushes = (old.cr0 ^ state.cr0) & bits::CR0_PG != 0
-            || cr4 & (bits::CR4_PGE | how_read) != 0
-            || old.cr4 & !state.cr4 & bits::CR4_PCIDE != 0
-            || state.cr4 & !old.cr4 & bits::CR4_SMEP != 0
-            || (old.efer ^ state.efer) & (bits::EFER_NXE | bits::EFER_LMA) != 0;
+        let told = |fault: Seeded| !self.is_broken(fault);
+        let how_read = bits::CR4_PAE | bits::CR4_LA57;
+        let flushes = (old.cr0 ^ state.cr0) & bits::CR0_PG != 0 && told(Seeded::PagingNotFlushed)
+            || cr4 & how_read != 0 && told(Seeded::ModeNotFlushed)
+            || cr4 & bits::CR4_PSE != 0 && told(Seeded::PseNotFlushed)
+            || cr4 & bits::CR4_PGE != 0 && told(Seeded::PgeNotFlushed)
+            || old.cr4 & !state.cr4 & bits::CR4_PCIDE != 0 && told(Seeded::PcideNotFlushed)
+            || state.cr4 & !old.cr4 & bits::CR4_SMEP != 0 && told(Seeded::SmepNotFlushed)
+            || (old.efer ^ state.efer) & bits::EFER_NXE != 0 && told(Seeded::NxeNotFlushed)
+            || (old.efer ^ state.efer) & bits::EFER_LMA != 0 && told(Seeded::ModeNotFlushed);
         Ok(if flushes { TlbFlush::All } else { TlbFlush::None })
     }
 

@@ -4,8 +4,8 @@
 //! Accessed and dirty flags are carried over both ways: each piece inherits the flags of the whole, and the whole those
 //! of any piece (SDM Vol. 3 §29.3.5).
 
-use crate::EptMmu;
 use crate::entry::{ENTRIES, Kind, Leaf, leaf_size, span};
+use crate::{EptMmu, Seeded};
 use guestmem::{Gfn, Hfn, MemoryError, PageSize};
 use mmu::Counter;
 
@@ -20,7 +20,9 @@ impl EptMmu {
         leaf: Leaf,
     ) -> Result<Hfn, MemoryError> {
         let size = leaf_size(level - 1).unwrap_or(PageSize::Size4K);
-        let piece = |i: u64| Some(Leaf { frame: Hfn(leaf.frame.0 + i * size.frames()), size, ..leaf });
+        let step = if self.is_broken(Seeded::PiecesOfFirstFrame) { 0 } else { size.frames() };
+        let whole = self.seeded_split(leaf);
+        let piece = |i: u64| Some(Leaf { frame: Hfn(leaf.frame.0 + i * step), size, ..whole });
         let child = self.tables.add(table, index, level - 1, first, piece)?;
         self.tables.counters.count(Counter::EptLargeSplit);
         Ok(child)
@@ -39,6 +41,7 @@ impl EptMmu {
         let mut leaf = self.large_leaf(Gfn(first), leaf_size(level)?)?;
         let mut agree = true;
         self.gather(child, level - 1, first, &mut leaf, &mut agree);
+        let leaf = if self.is_broken(Seeded::MergeLosesFlags) { Leaf { flags: 0, ..leaf } } else { leaf };
         self.tables.put_leaf_for_table(table, index, child, leaf);
         self.tables.counters.count(Counter::EptLargeMerged);
         Some(!agree)

@@ -8,6 +8,7 @@
 //! Beside each table stand the facts that would cost a scan of 512 entries to find again: how many entries are in use
 //! and how many of them lead to tables. The audit counts them anew.
 
+use crate::Seeded;
 use crate::entry::{self, ENTRIES, Kind, Leaf};
 use guestmem::{Gfn, GuestMemory, Hfn, Hpa, MemoryError};
 use mmu::{Counter, Counters};
@@ -43,6 +44,9 @@ pub(crate) struct Tables {
     cap: usize,
     pub reclaimed: u64,
     pub counters: Counters,
+    /// A rule to break on purpose.
+    #[cfg(feature = "seeded-faults")]
+    pub seeded: Option<Seeded>,
 }
 
 impl Tables {
@@ -61,6 +65,8 @@ impl Tables {
             cap,
             reclaimed: 0,
             counters,
+            #[cfg(feature = "seeded-faults")]
+            seeded: None,
         })
     }
 
@@ -113,10 +119,16 @@ impl Tables {
     /// Puts `new` in the place of an entry, and keeps the accounts of its table.
     fn put(&mut self, table: Hfn, index: u64, new: u64) {
         let old = self.update(table, index, |_| new);
+        let (children, used) =
+            (!self.is_broken(Seeded::ChildrenNotCounted), !self.is_broken(Seeded::UsedNotCounted));
         if let Some(t) = self.tables.get_mut(&table) {
             let is_table = |raw| u16::from(matches!(Kind::of(raw, t.level), Kind::Table(_)));
-            t.children = t.children + is_table(new) - is_table(old);
-            t.used = t.used + u16::from(new != 0) - u16::from(old != 0);
+            if children {
+                t.children = t.children + is_table(new) - is_table(old);
+            }
+            if used {
+                t.used = t.used + u16::from(new != 0) - u16::from(old != 0);
+            }
         }
     }
 
@@ -138,8 +150,9 @@ impl Tables {
 
     /// Gives a leaf its write right, or takes it away. Flags stay as they are.
     pub fn set_writable(&mut self, table: Hfn, index: u64, writable: bool) {
-        use mmu::entry::bits::EPT_W;
-        self.update(table, index, |raw| if writable { raw | EPT_W } else { raw & !EPT_W });
+        use mmu::entry::bits::{EPT_W, EPT_X};
+        let mask = if self.is_broken(Seeded::ProtectionTakesMore) { EPT_W | EPT_X } else { EPT_W };
+        self.update(table, index, |raw| if writable { raw | EPT_W } else { raw & !mask });
     }
 
     /// Makes a table of `level` and lets the entry at `index` of `parent`, which must be empty or a leaf, lead to it.
@@ -152,7 +165,7 @@ impl Tables {
         first: u64,
         fill: impl Fn(u64) -> Option<Leaf>,
     ) -> Result<Hfn, MemoryError> {
-        if self.tables.len() >= self.cap {
+        if self.tables.len() >= self.cap && !self.is_broken(Seeded::CapIgnored) {
             return Err(MemoryError::OutOfTableFrames { capacity: self.cap });
         }
         let frame = self.memory.allocate_table()?;
@@ -169,6 +182,9 @@ impl Tables {
         self.counters.raise(Counter::TableFramesPeak, self.tables.len() as u64);
         // Only a finished table is led to: the walker may be under way.
         self.put(parent, index, entry::table(frame));
+        if self.is_broken(Seeded::TableLinkedTwice) {
+            self.put(parent, index + 1, entry::table(frame));
+        }
         Ok(frame)
     }
 
@@ -181,6 +197,7 @@ impl Tables {
         for i in 0..ENTRIES {
             match self.kind(table, i, facts.level) {
                 Kind::Empty => {}
+                Kind::Table(_) if self.is_broken(Seeded::TablesBelowKept) => {}
                 Kind::Table(child) => {
                     let below = self.forget(child);
                     entries += below.0;
@@ -189,14 +206,18 @@ impl Tables {
                 _ => entries += 1,
             }
         }
-        self.memory.free_table(table);
+        if !self.is_broken(Seeded::FrameLeaked) {
+            self.memory.free_table(table);
+        }
         (entries, tables)
     }
 
     /// Puts one leaf in the place of a table and all below it.
     pub fn put_leaf_for_table(&mut self, table: Hfn, index: u64, child: Hfn, leaf: Leaf) {
         self.put(table, index, leaf.raw());
-        self.forget(child);
+        if !self.is_broken(Seeded::MergedTableKept) {
+            self.forget(child);
+        }
     }
 
     /// Frees a table if nothing is in it, and then the table above if that left it empty, up to the root or to one of
@@ -214,6 +235,11 @@ impl Tables {
         freed
     }
 
+    /// Whether a table leads to no other.
+    fn is_last(&self, table: &Table) -> bool {
+        table.children == 0 || self.is_broken(Seeded::ReclaimTakesTablesInUse)
+    }
+
     /// Makes room: throws away the oldest tables that lead to no other, but for those in `keep` (the path of the fill
     /// under way). A sixteenth of the store goes at once, so that a guest larger than its tables pays for a flush of the
     /// whole TLB once in a while and not at every fill. False when there was nothing to throw away.
@@ -222,15 +248,21 @@ impl Tables {
     /// and being the same in every run matters more here.
     pub fn reclaim(&mut self, keep: &[Hfn]) -> bool {
         let want = (self.cap.min(self.memory.table_usage().1) / 16).max(1);
-        let is_victim = |t: &Hfn| !keep.contains(t) && self.tables.get(t).is_some_and(|f| f.children == 0);
+        let keep = if self.is_broken(Seeded::ReclaimTakesThePath) { &[] } else { keep };
+        let is_victim = |t: &Hfn| !keep.contains(t) && self.tables.get(t).is_some_and(|f| self.is_last(f));
         let victims: Vec<Hfn> = self.by_age.values().copied().filter(is_victim).take(want).collect();
         let mut freed = 0;
         for victim in victims {
             let Some(&facts) = self.tables.get(&victim) else { continue };
-            self.put(facts.parent, entry::index(facts.first, facts.level + 1), 0);
+            if !self.is_broken(Seeded::LinkToReclaimedKept) {
+                self.put(facts.parent, entry::index(facts.first, facts.level + 1), 0);
+            }
             let (entries, tables) = self.forget(victim);
             self.counters.add(Counter::EptEntriesZapped, entries);
-            freed += tables + self.prune(facts.parent, keep);
+            freed += tables;
+            if !self.is_broken(Seeded::ReclaimLeavesEmptyTables) {
+                freed += self.prune(facts.parent, keep);
+            }
         }
         tracing::debug!(freed, "EPT tables reclaimed");
         self.reclaimed += freed as u64;

@@ -5,18 +5,18 @@
 //! guest-physical map is asked what is there, an entry is made to say so, and the CPU tries again. What is not memory is
 //! answered with [`Resolution::Mmio`], which goes to the devices.
 
-use crate::EptMmu;
 use crate::entry::{END, GPA_BITS, Kind, Leaf, index, leaf_size, span};
+use crate::{EptMmu, Seeded};
 use guestmem::{Backing, Gfn, Gpa, Gva, Hfn, MemoryError, PageSize, Slot};
 use mmu::{AuditError, Counter, MmuError, Resolution, TlbFlush};
 
 /// What a fill is about.
 #[derive(Clone, Copy)]
-struct Wanted {
-    gfn: Gfn,
-    frame: Hfn,
-    writable: bool,
-    write: bool,
+pub(crate) struct Wanted {
+    pub gfn: Gfn,
+    pub frame: Hfn,
+    pub writable: bool,
+    pub write: bool,
 }
 
 /// The tables from the root down, none of which a reclaim may take.
@@ -41,7 +41,7 @@ impl EptMmu {
     /// An EPT violation.
     pub(crate) fn violation(&mut self, gva: Gva, gpa: Gpa, write: bool) -> Result<Resolution, MmuError> {
         // Four levels translate 48 bits; beyond them there is nothing, and nowhere to say so.
-        if gpa.0 >> GPA_BITS != 0 {
+        if gpa.0 >> GPA_BITS != 0 && !self.is_broken(Seeded::WidthIgnored) {
             return Ok(Resolution::Mmio(gpa));
         }
         let gfn = gpa.frame();
@@ -58,7 +58,9 @@ impl EptMmu {
                 Ok(Resolution::Mmio(gpa))
             }
             // The devices decide what a write to ROM does. No entry is made of it: reads must go on working.
-            Backing::Memory { writable: false, .. } if write => Ok(Resolution::Mmio(gpa)),
+            Backing::Memory { writable: false, .. } if write && !self.is_broken(Seeded::RomWritesMapped) => {
+                Ok(Resolution::Mmio(gpa))
+            }
             Backing::Memory { frame, writable } => self.map(Wanted { gfn, frame, writable, write }),
         }
     }
@@ -73,7 +75,10 @@ impl EptMmu {
         let gfn = gpa.frame();
         let (table, index, level) = self.lookup(gfn);
         match self.tables.kind(table, index, level) {
-            Kind::Marker(marked) if marked == gfn && self.memory.slot(gfn) == Slot::Mmio => {
+            Kind::Marker(marked)
+                if marked == gfn
+                    && (self.memory.slot(gfn) == Slot::Mmio || self.is_broken(Seeded::MarkerBelieved)) =>
+            {
                 Ok(Resolution::Mmio(gpa))
             }
             Kind::Corrupt => Err(corrupt(gfn, level, self.tables.raw(table, index)).into()),
@@ -102,15 +107,17 @@ impl EptMmu {
         let mut flush = TlbFlush::None;
         path.push(table);
         loop {
-            let index = index(gfn, level);
+            let index = if level == 1 && self.is_broken(Seeded::IndexCutShort) {
+                index(gfn, level) % 256
+            } else {
+                index(gfn, level)
+            };
             match self.tables.kind(table, index, level) {
                 Kind::Table(child) => {
                     (table, level) = (child, level - 1);
                     path.push(child);
                 }
-                Kind::Leaf(leaf)
-                    if leaf.frame_of(gfn) == wanted.frame && (wanted.writable || !leaf.writable) =>
-                {
+                Kind::Leaf(leaf) if self.still_true(leaf, wanted) => {
                     if !wanted.write || leaf.writable {
                         return Ok(if flush == TlbFlush::None {
                             Resolution::Spurious
@@ -118,7 +125,9 @@ impl EptMmu {
                             Resolution::Fixed(flush)
                         });
                     }
-                    if leaf.size == PageSize::Size4K || !self.memory.dirty().is_active() {
+                    let whole =
+                        !self.memory.dirty().is_active() || self.is_broken(Seeded::LargeNotSplitForLog);
+                    if leaf.size == PageSize::Size4K || whole {
                         self.permit_write(table, index, wanted.gfn);
                         return Ok(Resolution::Fixed(flush));
                     }
@@ -128,7 +137,9 @@ impl EptMmu {
                 Kind::Leaf(_) => {
                     // The map changed and nobody told. Say what is true now, and have the old forgotten.
                     self.tables.zap(table, index);
-                    flush = TlbFlush::All;
+                    if !self.is_broken(Seeded::StaleLeafNotFlushed) {
+                        flush = TlbFlush::All;
+                    }
                 }
                 Kind::Marker(_) => self.tables.zap(table, index),
                 Kind::Corrupt => return Err(corrupt(wanted.gfn, level, self.tables.raw(table, index)).into()),
@@ -148,19 +159,27 @@ impl EptMmu {
         }
     }
 
+    /// Whether a leaf leads where the guest-physical map says now, and permits no write that the map does not.
+    fn still_true(&self, leaf: Leaf, wanted: Wanted) -> bool {
+        let there = leaf.frame_of(wanted.gfn.0) == wanted.frame || self.is_broken(Seeded::StaleLeafKept);
+        there && (wanted.writable || !leaf.writable || self.is_broken(Seeded::StaleRightKept))
+    }
+
     /// The leaf for what is wanted in a table of `level`, if one fits there.
     fn leaf_for(&self, wanted: Wanted, level: u8) -> Option<Leaf> {
         let size = leaf_size(level)?;
+        let wanted = self.seeded_wanted(wanted);
         if size == PageSize::Size4K {
             let gfn = wanted.gfn;
             let dirty = self.memory.dirty();
             if wanted.write {
                 dirty.mark(gfn);
             }
-            let writable = wanted.writable && (!dirty.is_active() || dirty.is_marked(gfn));
+            let logged = dirty.is_marked(gfn) || self.is_broken(Seeded::LogIgnored);
+            let writable = wanted.writable && (!dirty.is_active() || logged);
             return Some(Leaf { frame: wanted.frame, size, writable, flags: 0 });
         }
-        if self.memory.dirty().is_active() {
+        if self.memory.dirty().is_active() && !self.is_broken(Seeded::LargeWhileLogging) {
             return None;
         }
         self.large_leaf(wanted.gfn, size)
@@ -173,16 +192,16 @@ impl EptMmu {
             PageSize::Size1G => self.options.large_1g,
             PageSize::Size4K | PageSize::Size4M => false,
         };
-        if !on {
+        if !on && !self.is_broken(Seeded::LargeSwitchIgnored) {
             return None;
         }
-        let frame = self.memory.large_backing(gfn, size)?;
-        Some(Leaf { frame, size, writable: true, flags: 0 })
+        let frame = self.seeded_block(gfn, size)?;
+        Some(Leaf { frame, size: self.seeded_size(size), writable: true, flags: 0 })
     }
 
     /// Gives write right back to a page that lost it to the dirty log.
     fn permit_write(&mut self, table: Hfn, index: u64, gfn: Gfn) {
-        if self.memory.dirty().is_active() {
+        if self.memory.dirty().is_active() && !self.is_broken(Seeded::PermittedUnlogged) {
             self.memory.dirty().mark(gfn);
             self.tables.counters.count(Counter::DirtyLogFaults);
         }
@@ -200,7 +219,7 @@ impl EptMmu {
         split: Option<Leaf>,
     ) -> Result<TlbFlush, MemoryError> {
         let Some(&table) = path.as_slice().last() else { return Ok(TlbFlush::None) };
-        let first = gfn & !(span(level) - 1);
+        let first = gfn & !(span(if self.is_broken(Seeded::TableOfOtherFrames) { 1 } else { level }) - 1);
         let mut flush = TlbFlush::None;
         loop {
             let made = match split {
@@ -209,10 +228,16 @@ impl EptMmu {
             };
             match made {
                 Ok(_) => return Ok(flush),
-                Err(_) if self.tables.reclaim(path.as_slice()) => flush = TlbFlush::All,
+                Err(_) if self.tables.reclaim(path.as_slice()) => {
+                    if !self.is_broken(Seeded::ReclaimNotFlushed) {
+                        flush = TlbFlush::All;
+                    }
+                }
                 Err(error) => {
                     // What was built on the way down leads nowhere.
-                    self.tables.prune(table, &[]);
+                    if !self.is_broken(Seeded::FailedFillLeavesTables) {
+                        self.tables.prune(table, &[]);
+                    }
                     return Err(error);
                 }
             }
@@ -231,12 +256,15 @@ impl EptMmu {
         while level > 1 {
             let first = gfn.0 & !(span(level) - 1);
             let Ok(child) = self.tables.add(table, index_here, level - 1, first, |_| None) else {
-                self.tables.prune(table, &[start]);
+                if !self.is_broken(Seeded::FailedMarkerLeavesTables) {
+                    self.tables.prune(table, &[start]);
+                }
                 return;
             };
             (table, level) = (child, level - 1);
             index_here = index(gfn.0, level);
         }
+        let gfn = if self.is_broken(Seeded::MarkerOfNeighbour) { Gfn(gfn.0 ^ 1) } else { gfn };
         self.tables.put_marker(table, index_here, gfn);
         self.tables.counters.count(Counter::EptMmioEntries);
     }

@@ -12,8 +12,8 @@
 //! Its price is a walk of every shadow page; it is for tests and for `Options::audit_every_event`.
 
 use crate::ShadowMmu;
-use crate::fill::turned_over;
 use crate::pages::{EntryRef, Page, PageId, Pages, frame_of, page_in};
+use crate::rights::turned_over;
 use crate::role::{Kind as PageKind, Leaf, Target};
 use crate::spte::{self, Kind};
 use guestmem::{FrameMark, Gfn, PageSize, Slot};

@@ -7,6 +7,7 @@
 //! In PAE mode the top is four registers that were read from memory once, at the load of CR3 (SDM Vol. 3 §4.4.1); the
 //! memory may say something else by now. So there the root is found by the *values* of the four.
 
+use crate::Seeded;
 use crate::ShadowMmu;
 use crate::pages::{FixedMap, PageId};
 use crate::role::Role;
@@ -78,12 +79,18 @@ impl PdpteSets {
 impl ShadowMmu {
     /// The root for `state`, pinned once more.
     pub(crate) fn take_root(&mut self, state: &PagingState) -> Result<PageId, MmuError> {
-        let role = Role::root(state, &self.options);
+        let role = self.seeded_root_role(Role::root(state, &self.options));
         let Some(gfn) = role_frame(state) else {
             let mask = state.phys_mask() & !0xfff;
-            let set = state.pdptes.map(|pdpte| if pdpte & 1 != 0 { pdpte & mask | 1 } else { 0 });
+            let mut set = state.pdptes.map(|pdpte| if pdpte & 1 != 0 { pdpte & mask | 1 } else { 0 });
+            if self.is_broken(Seeded::ThirdPdpteIgnored) {
+                set[2] = 0;
+            }
             // Held meanwhile: making room for the new page may take the last page that holds the set.
             let number = self.pdpte_sets.number(set);
+            if self.is_broken(Seeded::PdptesNotHeldMeanwhile) {
+                return self.pin_root(number, role);
+            }
             self.pdpte_sets.hold(number);
             let taken = self.pin_root(number, role);
             self.pdpte_sets.release(number);
@@ -97,18 +104,26 @@ impl ShadowMmu {
             self.counters.count(Counter::ShadowRootsReused);
         }
         let id = self.page_for(gfn, role)?;
-        self.pages[id].pins += 1;
+        if !self.is_broken(Seeded::RootNotPinned) {
+            self.pages[id].pins += 1;
+        }
         self.pages[id].touched = true;
         Ok(id)
     }
 
     /// Gives a CPU the root for its new state.
     fn switch(&mut self, cpu: CpuId, state: &PagingState) -> Result<(), MmuError> {
+        if self.keeps_root(cpu, state) {
+            self.cpus[usize::from(cpu.0)].state = *state;
+            return Ok(());
+        }
         let new = self.take_root(state)?;
         let cpu = &mut self.cpus[usize::from(cpu.0)];
         let old = std::mem::replace(&mut cpu.root, new);
         cpu.state = *state;
-        self.pages[old].pins -= 1;
+        if !self.is_broken(Seeded::OldRootStaysPinned) {
+            self.pages[old].pins -= 1;
+        }
         Ok(())
     }
 
@@ -125,6 +140,9 @@ impl ShadowMmu {
             return Ok(TlbFlush::All);
         }
         Ok(match state.cr4 & CR4_PCIDE {
+            0 if self.is_broken(Seeded::Cr3NotFlushed) => TlbFlush::None,
+            _ if self.is_broken(Seeded::Cr3KeepsAlways) => TlbFlush::None,
+            _ if self.is_broken(Seeded::Cr3FlushesOtherPcid) => TlbFlush::Pcid(state.pcid() ^ 1),
             0 => TlbFlush::NonGlobal,
             _ if keep => TlbFlush::None,
             _ => TlbFlush::Pcid(state.pcid()),
@@ -144,7 +162,8 @@ impl ShadowMmu {
         let known = self.cpus[usize::from(cpu.0)].state;
         self.switch(cpu, state)?;
         let same = same_translation_rules(old, state) && same_translation_rules(&known, state);
-        Ok(if same { TlbFlush::None } else { TlbFlush::All })
+        let kept = self.keeps_tlb(old, state);
+        Ok(if same || kept { TlbFlush::None } else { TlbFlush::All })
     }
 
     /// Follows a state that differs from the one last told of. What makes no difference to translation changes without an

@@ -4,6 +4,7 @@
 //! whose table lay in one of them. While the dirty log is on and a frame's memory is the same as before, taking write
 //! permission is enough, and large entries go, because the log is kept by 4 KiB frames. Either way the TLB is flushed.
 
+use crate::Seeded;
 use crate::ShadowMmu;
 use crate::pages::PageId;
 use crate::spte;
@@ -18,13 +19,17 @@ impl ShadowMmu {
             return Ok(());
         }
         let dense_end = end.min(self.rmap.end());
-        for gfn in first..dense_end {
+        let short = u64::from(self.is_broken(Seeded::LastFrameForgotten));
+        for gfn in first..dense_end - short {
             self.frame_changed(Gfn(gfn));
         }
         for level in [2u8, 3] {
             let frames_each = 1u64 << (9 * u32::from(level - 1));
             let mut gfn = first & !(frames_each - 1);
             while gfn < dense_end {
+                if self.keeps_block(level) {
+                    break;
+                }
                 self.drop_block(Gfn(gfn), level);
                 gfn += frames_each;
             }
@@ -52,19 +57,24 @@ impl ShadowMmu {
                     Slot::Rom(frame) => {
                         spte::kind(raw, 1) == spte::Kind::Leaf
                             && spte::frame(raw) == frame
-                            && !spte::is_writable(raw)
+                            && (!spte::is_writable(raw) || self.is_broken(Seeded::FrozenPageStaysWritable))
                     }
                     Slot::Mmio => spte::kind(raw, 1) == spte::Kind::Marker,
                     Slot::Unbacked => false,
                 };
+            let kept = kept || self.keeps_changed(spte::kind(raw, 1));
             if !kept {
                 self.drop_entry(at);
-            } else if !self.memory.dirty().is_marked(gfn) {
+            } else if !self.memory.dirty().is_marked(gfn) && !self.is_broken(Seeded::LogRevokesNothing) {
                 self.revoke_write(at);
+            }
+            if self.is_broken(Seeded::FirstEntryChangedOnly) {
+                break;
             }
             at = next;
         }
-        if !self.memory.dirty().is_active() || self.rmap.head(gfn, 1).is_none() {
+        let none_left = !self.memory.dirty().is_active() || self.rmap.head(gfn, 1).is_none();
+        if none_left || self.is_broken(Seeded::TakenBackTooEarly) {
             self.tracker.take_back(gfn);
         }
     }
@@ -78,7 +88,7 @@ impl ShadowMmu {
                 Slot::Mmio => tracked.frame.is_none(),
                 Slot::Unbacked => false,
             };
-        if log_only {
+        if log_only || self.is_broken(Seeded::MovedTableKept) {
             return Ok(());
         }
         let now = match self.memory.slot(gfn) {
@@ -93,17 +103,23 @@ impl ShadowMmu {
             if let Some(frame) = tracked.frame {
                 host.unmark(frame, FrameMark::TABLE);
             }
-            if let Some(frame) = now {
+            if let Some(frame) = now
+                && !self.is_broken(Seeded::MarkNotMoved)
+            {
                 host.mark(frame, FrameMark::TABLE);
             }
-            self.tracker.set_frame(gfn, now);
+            if !self.is_broken(Seeded::MovedFrameNotNoted) {
+                self.tracker.set_frame(gfn, now);
+            }
         }
         for id in pages {
             if !self.pages.is_live(id) || self.pages[id].gfn != gfn {
                 continue;
             }
             if self.pages[id].pins > 0 {
-                self.drop_entries(id);
+                if !self.is_broken(Seeded::MovedRootKept) {
+                    self.drop_entries(id);
+                }
             } else {
                 self.zap_page(id);
             }

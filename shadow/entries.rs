@@ -3,6 +3,7 @@
 //! Every non-empty entry is in exactly one list (a guest frame's reverse map, or its child's parents), and everything here
 //! keeps it so. Nothing here asks for a TLB flush: whoever takes rights away for the engine's own reasons does.
 
+use crate::Seeded;
 use crate::ShadowMmu;
 use crate::pages::{EntryRef, MAX_PAGES, PageId, Pages, frame_of, page_in, read, write};
 use crate::role::{Kind as PageKind, Role};
@@ -18,7 +19,7 @@ impl ShadowMmu {
 
     /// The page of exactly this frame and role, made if there is none.
     pub(crate) fn page_for(&mut self, gfn: Gfn, role: Role) -> Result<PageId, MmuError> {
-        if let Some(id) = self.pages.find(gfn, &role) {
+        if let Some(id) = self.find_page(gfn, &role) {
             self.counters.count(Counter::ShadowPagesReused);
             return Ok(id);
         }
@@ -34,6 +35,7 @@ impl ShadowMmu {
         self.counters.count(Counter::ShadowPagesCreated);
         self.counters.raise(Counter::TableFramesPeak, self.pages.live() as u64);
         match role.kind {
+            PageKind::Guest if self.is_broken(Seeded::PageNotTracked) => {}
             PageKind::Guest => self.track(gfn, id, table_frame),
             PageKind::Synthetic if role.mode == PagingMode::Pae => self.pdpte_sets.hold(gfn),
             _ => {}
@@ -56,17 +58,20 @@ impl ShadowMmu {
     fn splinter_index(&self, at: EntryRef) -> usize {
         // Both shadow entries of a 4 MiB page are counted at the even one.
         let bits32 = self.pages[at.page()].role.mode == PagingMode::Bits32;
-        if bits32 { at.index() & !1 } else { at.index() }
+        if bits32 && !self.is_broken(Seeded::OddHalfCountedApart) { at.index() & !1 } else { at.index() }
     }
 
     fn put(&mut self, at: EntryRef, raw: u64, gfn: Gfn, halves: u8) {
         debug_assert_eq!(self.entry(at), 0);
+        let halves = if self.is_broken(Seeded::SplinterNotCounted) { 0 } else { halves };
         if halves != 0 {
             let (level, index) = (self.pages[at.page()].role.level, self.splinter_index(at));
             self.splinters.add(halves, level, index);
         }
         self.pages.slot_mut(at).set(gfn, halves);
-        self.pages[at.page()].set_present(at.index(), true);
+        if !self.is_broken(Seeded::PresentNotNoted) {
+            self.pages[at.page()].set_present(at.index(), true);
+        }
         write(self.memory.host(), at, raw);
     }
 
@@ -76,17 +81,22 @@ impl ShadowMmu {
         let halves = self.splinter_halves(at, None);
         self.put(at, raw, gfn, halves);
         let head = self.pages.push(self.rmap.head(gfn, level), at);
-        self.rmap.set_head(gfn, level, head);
+        if !self.is_broken(Seeded::LeafNotInReverseMap) {
+            self.rmap.set_head(gfn, level, head);
+        }
         self.rmap.entries += 1;
-        if spte::kind(raw, level) == Kind::Leaf && spte::is_writable(raw) {
-            self.tracker.hand_out(gfn, level);
+        let given = spte::kind(raw, level) == Kind::Leaf && spte::is_writable(raw);
+        if given && !self.is_broken(Seeded::HandingOutNotNoted) {
+            let whole = !self.is_broken(Seeded::LargeHandedOutInPart);
+            self.tracker.hand_out(gfn, if whole { level } else { 1 });
         }
     }
 
     /// Changes the rights of a leaf or marker in place.
     pub(crate) fn change_leaf(&mut self, at: EntryRef, raw: u64) {
         let level = self.pages[at.page()].role.level;
-        if spte::kind(raw, level) == Kind::Leaf && spte::is_writable(raw) {
+        let given = spte::kind(raw, level) == Kind::Leaf && spte::is_writable(raw);
+        if given && !self.is_broken(Seeded::RightGivenBackNotNoted) {
             let gfn = self.pages.slot(at).gfn();
             self.tracker.hand_out(gfn, level);
         }
@@ -97,7 +107,10 @@ impl ShadowMmu {
     pub(crate) fn set_link(&mut self, at: EntryRef, raw: u64, child: PageId) {
         let halves = self.splinter_halves(at, Some(child));
         self.put(at, raw, Gfn(0), halves);
-        self.pages[child].parents = self.pages.push(self.pages[child].parents, at);
+        let head = self.pages.push(self.pages[child].parents, at);
+        if !self.is_broken(Seeded::ParentForgotten) {
+            self.pages[child].parents = head;
+        }
     }
 
     /// Changes the rights of a link in place.
@@ -114,8 +127,12 @@ impl ShadowMmu {
             Kind::Marker | Kind::Leaf => {
                 let gfn = self.pages.slot(at).gfn();
                 let head = self.pages.unlink(self.rmap.head(gfn, level), at);
-                self.rmap.set_head(gfn, level, head);
-                self.rmap.entries -= 1;
+                if !self.is_broken(Seeded::ReverseMapHeadStays) {
+                    self.rmap.set_head(gfn, level, head);
+                }
+                if !self.is_broken(Seeded::ReverseMapNotCounted) {
+                    self.rmap.entries -= 1;
+                }
                 self.counters.count(Counter::ShadowEntriesZapped);
                 None
             }
@@ -126,11 +143,16 @@ impl ShadowMmu {
             }
         };
         let halves = self.pages.slot(at).splinter_halves();
-        if halves != 0 {
+        if halves != 0 && !self.is_broken(Seeded::SplinterStaysCounted) {
             let index = self.splinter_index(at);
             self.splinters.remove(halves, level, index);
+            if self.is_broken(Seeded::PiecesForgotten) {
+                self.splinters.flushed();
+            }
         }
-        self.pages[at.page()].set_present(at.index(), false);
+        if !self.is_broken(Seeded::PresentStaysNoted) {
+            self.pages[at.page()].set_present(at.index(), false);
+        }
         write(self.memory.host(), at, 0);
         child
     }
@@ -141,7 +163,8 @@ impl ShadowMmu {
     pub(crate) fn drop_entry(&mut self, at: EntryRef) {
         if let Some(child) = self.clear(at) {
             let page = &self.pages[child];
-            if page.parents.is_none() && page.pins == 0 && !Pages::is_top(&page.role) {
+            let orphan = page.parents.is_none() && page.pins == 0 && !Pages::is_top(&page.role);
+            if orphan && !self.is_broken(Seeded::OrphansKept) {
                 self.zap_page(child);
             }
         }
@@ -160,19 +183,30 @@ impl ShadowMmu {
     /// this goes at most five deep.
     pub(crate) fn zap_page(&mut self, id: PageId) {
         debug_assert_eq!(self.pages[id].pins, 0);
-        while !self.pages[id].parents.is_none() {
+        while !self.pages[id].parents.is_none() && !self.is_broken(Seeded::LinksToZappedKept) {
             self.clear(self.pages[id].parents);
         }
         self.drop_entries(id);
         let (role, gfn) = (self.pages[id].role, self.pages[id].gfn);
         match role.kind {
+            PageKind::Guest if self.is_broken(Seeded::ZappedStaysTracked) => {}
             PageKind::Guest => self.untrack(gfn, id),
+            PageKind::Synthetic if role.mode == PagingMode::Pae && self.is_broken(Seeded::PdptesStayHeld) => {
+            }
             PageKind::Synthetic if role.mode == PagingMode::Pae => self.pdpte_sets.release(gfn),
             _ => {}
         }
         self.pages.remove(id);
-        let freed = self.memory.free_table(frame_of(id));
-        debug_assert!(freed);
+        if self.is_broken(Seeded::ZappedStaysInLine) {
+            self.pages.refresh(id);
+        }
+        if self.is_broken(Seeded::ZappedStaysNamed) {
+            self.pages.enter_key(id);
+        }
+        if !self.is_broken(Seeded::FrameLeaked) {
+            let freed = self.memory.free_table(frame_of(id));
+            debug_assert!(freed);
+        }
         self.counters.count(Counter::ShadowPagesZapped);
     }
 }

@@ -1,22 +1,13 @@
 //! A fault: the guest's tables are walked, and the shadow is made to say what they say (SDM Vol. 3 §4.6–§4.8).
 //!
 //! The walk of the guest's tables decides everything the guest can see: whether the fault is its own, and which accessed
-//! and dirty flags are set. Only when it ends at a page that the guest may access are shadow tables touched.
-//!
-//! Rights. A shadow leaf never permits a write before the guest's leaf is dirty, so that the first write faults and sets
-//! the flag; nor one to a tracked frame, to read-only memory or, while the dirty log is on, to a frame that is not in the
-//! log. Besides that an entry permits what the guest's permits, with one exception:
-//!
-//! CR0.WP = 0. The guest's supervisor may write where entries say read-only; the hardware walk has WP set, because
-//! otherwise no write to a tracked frame would fault. A page that users cannot reach is simply mapped writable. One that
-//! users may read is either a read-only user page, or, when the supervisor has written, a writable supervisor page (not
-//! executable if SMEP is on); it goes from one form to the other as they take turns. With SMAP or protection keys that
-//! would be inexact (the supervisor page would escape both), so there each store is done by the engine instead: the
-//! answer is [`Resolution::TableWrite`], though no table is written.
+//! and dirty flags are set. Only when it ends at a page that the guest may access are shadow tables touched. What
+//! a leaf then permits is decided in [`crate::rights`].
 
 use crate::Seeded;
 use crate::ShadowMmu;
 use crate::pages::{EntryRef, PageId, frame_of, page_in};
+use crate::rights::Filler;
 use crate::role::{Kind, Leaf, Role, Target};
 use crate::spte;
 use guestmem::{Backing, Gfn, Gpa, Gva, Hfn, PageSize, Policy, Slot};
@@ -55,49 +46,6 @@ struct Filled {
     permitted: bool,
     /// A device page is there.
     device: bool,
-}
-
-/// What the rights of a leaf are made from.
-pub(crate) struct Filler<'a> {
-    pub role: &'a Role,
-    pub leaf: &'a Leaf,
-    pub access: &'a Access,
-}
-
-impl Filler<'_> {
-    /// What the guest's tables permit, as far as it is this entry that says so.
-    fn guest_rights(&self) -> Rights {
-        if self.role.wp { self.leaf.rights } else { self.role.access & self.leaf.rights }
-    }
-
-    /// The rights of the shadow leaf; `writable` says whether the frame may be written at all.
-    pub fn rights(&self, mmu: &ShadowMmu, writable: bool) -> Rights {
-        let logged = !mmu.memory.dirty().is_active() || mmu.memory.dirty().is_marked(self.leaf.gfn);
-        self.rights_given(writable && logged && !mmu.tracker.is_tracked(self.leaf.gfn))
-    }
-
-    fn rights_given(&self, writable: bool) -> Rights {
-        let mut rights = self.guest_rights();
-        let writable = writable && self.leaf.dirty;
-        if self.role.wp {
-            rights.set(Rights::WRITE, writable && rights.contains(Rights::WRITE));
-        } else if rights.contains(Rights::WRITE) || !rights.contains(Rights::USER) {
-            rights.set(Rights::WRITE, writable);
-        } else if self.role.flip && writable && self.access.is_write() && !self.access.is_user() {
-            rights = turned_over(rights, self.role.smep);
-        }
-        rights
-    }
-}
-
-/// A read-only user page in the hands of the supervisor (CR0.WP = 0).
-pub(crate) fn turned_over(mut rights: Rights, smep: bool) -> Rights {
-    rights.insert(Rights::WRITE);
-    rights.remove(Rights::USER);
-    if smep {
-        rights.remove(Rights::EXEC);
-    }
-    rights
 }
 
 impl ShadowMmu {
@@ -149,12 +97,16 @@ impl ShadowMmu {
         let gpa = Gpa(translation.physical(gva.0));
         match self.memory.slot(gpa.frame()) {
             Slot::Mmio if !self.options.mmio_markers => return Ok(Resolution::Mmio(gpa)),
-            Slot::Rom(_) if access.is_write() => return Ok(Resolution::Mmio(gpa)),
+            Slot::Rom(_) if access.is_write() && !self.is_broken(Seeded::RomWritesKept) => {
+                return Ok(Resolution::Mmio(gpa));
+            }
             _ => {}
         }
         let filled = self.fill(cpu, gva, access, state, &walked.walk, translation.dirty)?;
         // An answer other than `Fixed` carries no flush, so a flush that is owed goes first; the retry finds the rest done.
         let flush = self.pay(TlbFlush::None);
+        let lost = !(filled.permitted && filled.changed) && self.is_broken(Seeded::FlushLostWithOtherAnswers);
+        let flush = if lost { TlbFlush::None } else { flush };
         if flush != TlbFlush::None || filled.permitted && filled.changed {
             return Ok(Resolution::Fixed(flush));
         }
@@ -165,7 +117,9 @@ impl ShadowMmu {
             return Ok(Resolution::Spurious);
         }
         if access.is_write() {
-            self.memory.dirty().mark(gpa.frame());
+            if !self.is_broken(Seeded::TableWritesUnlogged) {
+                self.memory.dirty().mark(gpa.frame());
+            }
             return Ok(Resolution::TableWrite(gpa));
         }
         Err(broken("an access that the guest's tables permit can be mapped", gva))
@@ -199,9 +153,11 @@ impl ShadowMmu {
                         let filled = self.fill_leaf(at, &filler, frame, gva, above, state);
                         return Ok(Filled { changed: changed || filled.changed, ..filled });
                     }
+                    let leaf = self.seeded_split(leaf);
                     (leaf.gfn, role.direct_child(&leaf), role.direct_link_rights(&leaf))
                 }
             };
+            let rights = if self.is_broken(Seeded::LinksGiveAll) { Rights::all() } else { rights };
             above &= rights;
             page = self.link_to(at, gfn, child_role, rights, &mut changed)?;
         }
@@ -210,13 +166,15 @@ impl ShadowMmu {
     /// The fill goes through this page.
     fn enter(&mut self, id: PageId, gva: Gva) {
         self.path.push(id);
+        let unmixed = self.is_broken(Seeded::HalvesNotMixed);
         let page = &mut self.pages[id];
         page.touched = true;
         page.writes = 0;
         // The top pages are reached through both halves as a matter of course; their entries are in one each.
         let half = crate::splinter::half(gva);
         if page.halves & half == 0 {
-            let shared = page.halves != 0 && page.role.kind == Kind::Guest && !page.parents.is_none();
+            let shared =
+                !unmixed && page.halves != 0 && page.role.kind == Kind::Guest && !page.parents.is_none();
             page.halves |= half;
             self.splinters.mixed |= shared;
         }
@@ -230,7 +188,7 @@ impl ShadowMmu {
             Kind::Synthetic => role.synthetic_target(gfn, at.index(), &self.pdpte_sets.get(role.mode, gfn)),
             Kind::Guest => match walk.steps().iter().find(|step| step.level == role.level) {
                 None => Target::Nothing,
-                Some(step) => match role.guest_target(at.index(), step.raw) {
+                Some(step) => match self.seeded_target(role, role.guest_target(at.index(), step.raw)) {
                     // The walk may have set the flag after it read the entry.
                     Target::Leaf(leaf) => Target::Leaf(Leaf { dirty, ..leaf }),
                     target => target,
@@ -244,7 +202,9 @@ impl ShadowMmu {
     fn leaf_frame(&self, at: EntryRef, level: u8, gfn: Gfn) -> Result<Option<Option<LeafFrame>>, MmuError> {
         if level == 1 {
             return Ok(Some(match self.memory.backing(gfn)? {
-                Backing::Memory { frame, writable } => Some(LeafFrame { frame, writable }),
+                Backing::Memory { frame, writable } => {
+                    Some(LeafFrame { frame, writable: writable || self.is_broken(Seeded::RomWritable) })
+                }
                 Backing::Mmio => None,
             }));
         }
@@ -263,13 +223,13 @@ impl ShadowMmu {
             _ => return Ok(None),
         };
         if !self.options.large_pages
-            || self.memory.dirty().is_active()
-            || self.tracker.in_block(gfn, level)
+            || self.memory.dirty().is_active() && !self.is_broken(Seeded::LargeWhileLogging)
+            || self.tracker.in_block(gfn, level) && !self.is_broken(Seeded::LargeOverTable)
             || gfn.0 & (size.frames() - 1) != 0
         {
             return Ok(None);
         }
-        let frame = self.memory.large_backing(gfn, size);
+        let frame = self.seeded_block(gfn, self.memory.large_backing(gfn, size));
         Ok(frame.map(|frame| Some(LeafFrame { frame, writable: true })))
     }
 
@@ -283,11 +243,16 @@ impl ShadowMmu {
         state: &PagingState,
     ) -> Filled {
         let &Filler { role, leaf, access } = filler;
+        let leaf = &self.seeded_leaf(leaf);
+        let filler = &Filler { role, leaf, access };
         let old = self.entry(at);
         let Some(LeafFrame { frame, writable }) = frame else {
             let new = spte::marker(leaf.gfn, filler.guest_rights(), leaf.dirty, leaf.global, leaf.pkey);
+            let new = self.seeded_marker(new, filler);
             if new != old {
-                self.drop_entry(at);
+                if !self.is_broken(Seeded::MarkerOverLeaf) {
+                    self.drop_entry(at);
+                }
                 self.set_leaf(at, new, leaf.gfn);
                 self.counters.count(Counter::ShadowMmioEntries);
             }
@@ -313,13 +278,15 @@ impl ShadowMmu {
             && self.pages.slot(at).gfn() == gfn;
         if same_page {
             // The two forms of a page while CR0.WP = 0: each lacks a right that the other has.
-            if !spte::rights(new).contains(spte::rights(old)) {
+            if !spte::rights(new).contains(spte::rights(old)) && !self.is_broken(Seeded::TurnNotFlushed) {
                 self.owe(TlbFlush::Page(gva));
             }
             self.change_leaf(at, new);
             return;
         }
-        self.drop_entry(at);
+        if !self.is_broken(Seeded::LeafOverLeaf) {
+            self.drop_entry(at);
+        }
         self.set_leaf(at, new, gfn);
         self.counters.count(Counter::ShadowEntriesFilled);
         if level > 1 {
@@ -353,7 +320,8 @@ impl ShadowMmu {
         let parent = self.pages[at.page()].role;
         if spte::kind(old, parent.level) == spte::Kind::Link {
             let child = page_in(spte::frame(old));
-            if self.pages[child].gfn == gfn && self.pages[child].role == role {
+            let any_role = self.is_broken(Seeded::LinkFollowedByFrame);
+            if self.pages[child].gfn == gfn && (self.pages[child].role == role || any_role) {
                 let new = spte::link(frame_of(child), rights);
                 if new != old {
                     self.change_link(at, new);
@@ -363,7 +331,9 @@ impl ShadowMmu {
             }
         }
         // What stood here goes first: a child found while it still stands could go with it.
-        self.drop_entry(at);
+        if !self.is_broken(Seeded::LinkOverEntry) {
+            self.drop_entry(at);
+        }
         let child = self.page_for(gfn, role)?;
         self.set_link(at, spte::link(frame_of(child), rights), child);
         if parent.kind == Kind::Guest && role.kind == Kind::Direct {

@@ -6,22 +6,23 @@
 //! story of one fault, one table write and one CR3 load. In the order of an access's path:
 //!
 //! 1. `fill`: a fault comes in; the guest's tables are walked, and the shadow is made to say what they say;
-//! 2. `role`: what a shadow page's content depends on, and what an entry of it has to say;
+//! 2. `role`: what a shadow page's content depends on, and what an entry of it has to say; `rights`: what a leaf permits;
 //! 3. `spte`: one shadow entry;
 //! 4. `pages`: the cache of shadow pages; `entries`: putting entries in and taking them out;
 //! 5. `rmap`: from a guest frame to the entries that map it;
-//! 6. `protect`: write protection of guest tables, and what follows when one is written;
+//! 6. `protect`: write protection of guest tables, and what follows when one is written; `tracker`: its account;
 //! 7. `mmio`: device pages;
 //! 8. `cr3`: roots, and the flushes that changes of control registers ask for; `splinter`: those of INVLPG;
 //! 9. `reclaim`: what goes when the pool is full;
 //! 10. `dirty`: changes made by the host, and the dirty log;
 //! 11. `audit`: every invariant, checked;
-//! 12. `options`: the switches; `seeded`: rules that test builds can break on purpose.
+//! 12. `options`: the switches; `seeded`, `broken`: rules that test builds can break on purpose.
 //!
 //! Assumed of the guest-physical map: no two guest frames share a host frame. Otherwise a table could be written through
 //! the other name of its frame, and write protection would not see it.
 
 mod audit;
+mod broken;
 mod cr3;
 mod dirty;
 mod entries;
@@ -31,11 +32,13 @@ mod options;
 mod pages;
 mod protect;
 mod reclaim;
+mod rights;
 mod rmap;
 mod role;
 mod seeded;
 mod splinter;
 mod spte;
+mod tracker;
 
 pub use options::Options;
 pub use seeded::Seeded;
@@ -48,10 +51,10 @@ use mmu::{
     PagingMode, PagingState, Resolution, TableRoot, TlbFlush,
 };
 use pages::{Pages, frame_of};
-use protect::Tracker;
 use rmap::Rmap;
 use splinter::Splinters;
 use std::sync::Arc;
+use tracker::Tracker;
 
 /// The shadow backend. What belongs to the VM is here; what belongs to one CPU is in its `cr3::Cpu`.
 #[derive(Debug)]
@@ -118,8 +121,9 @@ impl ShadowMmu {
 
     /// The flush of an answer: what the event asks for and what is owed.
     fn pay(&mut self, flush: TlbFlush) -> TlbFlush {
-        let flush = std::mem::take(&mut self.pending).and(flush);
-        if flush == TlbFlush::All {
+        let owed = std::mem::take(&mut self.pending);
+        let flush = if self.is_broken(Seeded::OwedFlushForgotten) { flush } else { owed.and(flush) };
+        if flush == TlbFlush::All || self.is_broken(Seeded::PiecesForgottenByAnyFlush) {
             self.splinters.flushed();
         }
         flush
@@ -151,11 +155,11 @@ impl MmuBackend for ShadowMmu {
             root: frame_of(*root).base(),
             format: mmu::entry::Long {
                 levels: if state.mode() == PagingMode::Level5 { 5 } else { 4 },
-                nxe: true,
+                nxe: !self.is_broken(Seeded::HardwareTakesGuestNxe) || state.controls().nxe,
                 phys_bits: spte::PHYS_BITS,
                 gib_pages: true,
             },
-            controls: Self::hardware_controls(state),
+            controls: self.seeded_controls(state, Self::hardware_controls(state)),
         }
     }
 
@@ -195,7 +199,7 @@ impl MmuBackend for ShadowMmu {
 
     fn invlpg(&mut self, cpu: CpuId, gva: Gva, state: &PagingState) -> Result<TlbFlush, MmuError> {
         self.adopt(cpu, state)?;
-        let pieces = self.splinters.may_hold_pieces(gva);
+        let pieces = self.splinters.may_hold_pieces(gva) && !self.is_broken(Seeded::InvlpgLeavesPieces);
         let flush = if pieces { TlbFlush::All } else { TlbFlush::Page(gva) };
         let flush = self.pay(if self.is_broken(Seeded::InvlpgIgnored) { TlbFlush::None } else { flush });
         self.checked(flush)
@@ -210,10 +214,21 @@ impl MmuBackend for ShadowMmu {
         state: &PagingState,
     ) -> Result<TlbFlush, MmuError> {
         self.adopt(cpu, state)?;
+        let pieces = self.splinters.may_hold_pieces(gva) && !self.is_broken(Seeded::InvpcidLeavesPieces);
         let flush = match kind {
-            InvpcidKind::Address if self.splinters.may_hold_pieces(gva) => TlbFlush::Pcid(pcid),
+            _ if self.is_broken(Seeded::InvpcidIgnored) => TlbFlush::None,
+            InvpcidKind::Address if pieces => TlbFlush::Pcid(pcid),
+            InvpcidKind::Address if self.is_broken(Seeded::InvpcidOfCurrentPcid) => {
+                TlbFlush::PageOf(state.pcid(), gva)
+            }
             InvpcidKind::Address => TlbFlush::PageOf(pcid, gva),
+            InvpcidKind::SingleContext if self.is_broken(Seeded::InvpcidOfCurrentPcid) => {
+                TlbFlush::Pcid(state.pcid())
+            }
             InvpcidKind::SingleContext => TlbFlush::Pcid(pcid),
+            InvpcidKind::AllIncludingGlobal if self.is_broken(Seeded::InvpcidSparesGlobal) => {
+                TlbFlush::NonGlobal
+            }
             InvpcidKind::AllIncludingGlobal => TlbFlush::All,
             InvpcidKind::AllNonGlobal => TlbFlush::NonGlobal,
         };
@@ -234,7 +249,7 @@ impl MmuBackend for ShadowMmu {
 
     fn memory_changed(&mut self, frames: std::ops::Range<Gfn>) -> Result<TlbFlush, MmuError> {
         self.map_changed(frames)?;
-        let flush = self.pay(TlbFlush::All);
+        let flush = self.pay(self.seeded_change_flush());
         self.checked(flush)
     }
 

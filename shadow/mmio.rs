@@ -5,6 +5,7 @@
 //! reading the shadow table only. The marker is dropped like any leaf: when the guest's entry changes, when the host
 //! changes what stands behind the frame, and with its page.
 
+use crate::Seeded;
 use crate::ShadowMmu;
 use crate::pages::{EntryRef, page_in};
 use crate::spte::{self, Kind};
@@ -29,8 +30,13 @@ impl ShadowMmu {
             let raw = self.entry(EntryRef::new(page, index));
             match spte::kind(raw, level) {
                 Kind::Link => {
-                    above &= spte::rights(raw);
+                    if !self.is_broken(Seeded::MarkerForgetsLinks) {
+                        above &= spte::rights(raw);
+                    }
                     page = page_in(spte::frame(raw));
+                }
+                Kind::Marker if self.is_broken(Seeded::MarkerPermitsAll) => {
+                    return Some(Gpa(spte::marker_gfn(raw).base().0 | gva.page_offset()));
                 }
                 Kind::Marker => return permitted(raw, above, gva, access, state),
                 Kind::Empty | Kind::Leaf => return None,

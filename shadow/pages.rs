@@ -216,10 +216,16 @@ impl Pages {
             newer: 0,
             slots,
         });
-        self.by_key.insert((gfn.0, role.word()), id);
+        self.enter_key(id);
         self.live += 1;
         self.append(id);
         id
+    }
+
+    /// Lets a page be found by its frame and role.
+    pub fn enter_key(&mut self, id: PageId) {
+        let key = (self[id].gfn.0, self[id].role.word());
+        self.by_key.insert(key, id);
     }
 
     /// Takes a page out of use. It must have no entries and no parents.

@@ -4,141 +4,23 @@
 //! [`FrameMark::TABLE`], so that writes of devices are noted as well. Tracking begins with the first shadow page of the
 //! frame and ends with the last.
 //!
-//! When tracking begins, entries that permit writes lose that right, and the TLB must forget them. Whether any can be in
-//! the TLB is known exactly enough: `handed_out` has a bit for each frame that an entry permitted writes to since the TLB
-//! was last made to forget the frame. (Entries that are gone by now count too: the guest need not have flushed them.)
+//! When tracking begins, entries that permit writes lose that right, and the TLB must forget them if it can hold any
+//! ([`crate::tracker`]).
 //!
 //! When a tracked frame is written, the shadow entries that stand for the bytes written are made to say what the guest's
 //! now say, or nothing. The TLB is not touched: the guest changed its own table, and whatever old translation the TLB
 //! holds may stay there until the guest flushes it (SDM Vol. 3 §4.10.2.3).
 
+use crate::Seeded;
 use crate::ShadowMmu;
-use crate::fill::Filler;
-use crate::pages::{EntryRef, FixedMap, PageId};
+use crate::pages::{EntryRef, PageId};
+use crate::rights::Filler;
 use crate::role::{Leaf, Role, Target};
 use crate::spte;
+use crate::tracker::Tracked;
 use guestmem::{Backing, FrameMark, Gfn, Gpa, Hfn, Slot};
 use mmu::entry::bits::{A, D};
 use mmu::{AccessKind, Counter, MmuError, Privilege, TlbFlush, Walk, WalkEnd};
-
-/// A tracked frame.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Tracked {
-    /// The first of its shadow pages.
-    pub first: PageId,
-    /// The host frame that is marked; `None` where no memory is.
-    pub frame: Option<Hfn>,
-}
-
-/// Which frames are tracked, and which were handed out for writing.
-#[derive(Debug)]
-pub(crate) struct Tracker {
-    frames: FixedMap<u64, Tracked>,
-    in_2m: Vec<u16>,
-    in_1g: Vec<u32>,
-    handed_out: Vec<u64>,
-    end: u64,
-}
-
-impl Tracker {
-    /// Nothing tracked, for a guest whose memory ends before frame `end`.
-    pub fn new(end: Gfn) -> Self {
-        let end = end.0;
-        Self {
-            frames: FixedMap::default(),
-            in_2m: vec![0; (end >> 9) as usize + 1],
-            in_1g: vec![0; (end >> 18) as usize + 1],
-            // Whole 2 MiB blocks, so that a large entry always has its words.
-            handed_out: vec![0; ((end >> 9) as usize + 1) * 8],
-            end,
-        }
-    }
-
-    /// The tracked frame.
-    #[inline]
-    pub fn get(&self, gfn: Gfn) -> Option<Tracked> {
-        self.frames.get(&gfn.0).copied()
-    }
-
-    #[inline]
-    pub fn is_tracked(&self, gfn: Gfn) -> bool {
-        self.frames.contains_key(&gfn.0)
-    }
-
-    /// Whether a frame of the block that an entry of a table of `level` would map is tracked.
-    pub fn in_block(&self, gfn: Gfn, level: u8) -> bool {
-        match level {
-            1 => self.is_tracked(gfn),
-            2 => self.in_2m.get((gfn.0 >> 9) as usize).is_some_and(|&n| n > 0),
-            _ => self.in_1g.get((gfn.0 >> 18) as usize).is_some_and(|&n| n > 0),
-        }
-    }
-
-    /// The tracked frames within a range, ascending.
-    pub fn tracked_in(&self, range: std::ops::Range<u64>) -> Vec<Gfn> {
-        let mut frames: Vec<u64> = self.frames.keys().copied().filter(|gfn| range.contains(gfn)).collect();
-        frames.sort_unstable();
-        frames.into_iter().map(Gfn).collect()
-    }
-
-    /// An entry of a table of `level` permits writes to the block that begins at `gfn`.
-    #[inline]
-    pub fn hand_out(&mut self, gfn: Gfn, level: u8) {
-        let word = (gfn.0 / 64) as usize;
-        if level == 1 {
-            if let Some(bits) = self.handed_out.get_mut(word) {
-                *bits |= 1 << (gfn.0 % 64);
-            }
-            return;
-        }
-        let words = 8 << (9 * u32::from(level - 2));
-        let end = (word + words).min(self.handed_out.len());
-        if let Some(bits) = self.handed_out.get_mut(word..end) {
-            bits.fill(u64::MAX);
-        }
-    }
-
-    /// Whether the TLB may hold a translation that permits writes to the frame; from now on it must not.
-    pub fn take_back(&mut self, gfn: Gfn) -> bool {
-        let Some(bits) = self.handed_out.get_mut((gfn.0 / 64) as usize) else { return false };
-        let bit = 1 << (gfn.0 % 64);
-        let was = *bits & bit != 0;
-        *bits &= !bit;
-        was
-    }
-
-    pub fn was_handed_out(&self, gfn: Gfn) -> bool {
-        self.handed_out.get((gfn.0 / 64) as usize).is_some_and(|bits| bits >> (gfn.0 % 64) & 1 != 0)
-    }
-
-    fn count(&mut self, gfn: Gfn, more: bool) {
-        if gfn.0 >= self.end {
-            return;
-        }
-        let (a, b) = (&mut self.in_2m[(gfn.0 >> 9) as usize], &mut self.in_1g[(gfn.0 >> 18) as usize]);
-        if more {
-            (*a, *b) = (*a + 1, *b + 1);
-        } else {
-            (*a, *b) = (*a - 1, *b - 1);
-        }
-    }
-
-    /// All tracked frames, in no order, and the counts of blocks; for the audit.
-    pub fn all(&self) -> impl Iterator<Item = (Gfn, &Tracked)> {
-        self.frames.iter().map(|(&gfn, tracked)| (Gfn(gfn), tracked))
-    }
-
-    pub fn block_counts(&self) -> (&[u16], &[u32]) {
-        (&self.in_2m, &self.in_1g)
-    }
-
-    /// Replaces the host frame that is marked.
-    pub fn set_frame(&mut self, gfn: Gfn, frame: Option<Hfn>) {
-        if let Some(tracked) = self.frames.get_mut(&gfn.0) {
-            tracked.frame = frame;
-        }
-    }
-}
 
 impl ShadowMmu {
     /// The host frame of a guest table. None where no memory is: such a table reads as all ones.
@@ -151,17 +33,27 @@ impl ShadowMmu {
 
     /// Tracks a frame for one more shadow page.
     pub(crate) fn track(&mut self, gfn: Gfn, id: PageId, frame: Option<Hfn>) {
+        let forgotten = self.is_broken(Seeded::SecondPageForgotten);
         if let Some(tracked) = self.tracker.frames.get_mut(&gfn.0) {
+            if forgotten {
+                return;
+            }
             self.pages[id].same_frame = tracked.first;
             tracked.first = id;
             return;
         }
         self.tracker.frames.insert(gfn.0, Tracked { first: id, frame });
-        self.tracker.count(gfn, true);
+        if !self.is_broken(Seeded::BlockNotCounted) {
+            self.tracker.count(gfn, true);
+        }
         if let Some(frame) = frame {
-            self.memory.host().mark(frame, FrameMark::TABLE);
-            self.protect(gfn);
-            if self.tracker.take_back(gfn) {
+            if !self.is_broken(Seeded::TableNotMarked) {
+                self.memory.host().mark(frame, FrameMark::TABLE);
+            }
+            if !self.is_broken(Seeded::TableNotProtected) {
+                self.protect(gfn);
+            }
+            if self.tracker.take_back(gfn) && !self.is_broken(Seeded::ProtectionNotFlushed) {
                 self.owe(TlbFlush::Frame(frame));
             }
         }
@@ -169,6 +61,7 @@ impl ShadowMmu {
 
     /// One shadow page less.
     pub(crate) fn untrack(&mut self, gfn: Gfn, id: PageId) {
+        let too_early = self.is_broken(Seeded::UntrackedTooEarly);
         let Some(tracked) = self.tracker.frames.get_mut(&gfn.0) else { return };
         let next = self.pages[id].same_frame;
         if tracked.first != id {
@@ -180,11 +73,15 @@ impl ShadowMmu {
             return;
         }
         tracked.first = next;
-        if next == 0 {
+        if next == 0 || too_early {
             let frame = tracked.frame;
             self.tracker.frames.remove(&gfn.0);
-            self.tracker.count(gfn, false);
-            if let Some(frame) = frame {
+            if !self.is_broken(Seeded::BlockStaysCounted) {
+                self.tracker.count(gfn, false);
+            }
+            if let Some(frame) = frame
+                && !self.is_broken(Seeded::MarkStays)
+            {
                 self.memory.host().unmark(frame, FrameMark::TABLE);
             }
         }
@@ -198,11 +95,17 @@ impl ShadowMmu {
             while !at.is_none() {
                 let next = self.pages.slot(at).next;
                 self.revoke_write(at);
+                if self.is_broken(Seeded::FirstEntryProtectedOnly) {
+                    break;
+                }
                 at = next;
             }
         }
-        for level in [2, 3] {
-            self.drop_block(gfn, level);
+        if !self.is_broken(Seeded::LargeEntryOverTableKept) {
+            self.drop_block(gfn, 2);
+        }
+        if !self.is_broken(Seeded::GigabyteEntryOverTableKept) {
+            self.drop_block(gfn, 3);
         }
     }
 
@@ -213,7 +116,7 @@ impl ShadowMmu {
             return;
         }
         self.counters.count(Counter::ShadowWriteProtected);
-        if self.pages[at.page()].role.wp {
+        if self.pages[at.page()].role.wp || self.is_broken(Seeded::TurnedPageProtectedInPlace) {
             self.change_leaf(at, spte::read_only(raw));
         } else {
             // It may be a user page in the hands of the supervisor, which has lost its user right for the write one.
@@ -229,17 +132,21 @@ impl ShadowMmu {
                 break;
             }
             self.drop_entry(at);
+            if self.is_broken(Seeded::FirstLargeEntryDroppedOnly) {
+                break;
+            }
         }
     }
 
     /// `len` bytes at `gpa` were written.
     pub(crate) fn table_written(&mut self, gpa: Gpa, len: u64) {
         let Some(tracked) = self.tracker.get(gpa.frame()) else { return };
-        if len == 0 {
+        if len == 0 || self.is_broken(Seeded::TableWritesIgnored) {
             return;
         }
         let first = gpa.page_offset();
         let last = first.saturating_add(len - 1).min(0xfff);
+        let (first, last) = self.seeded_bytes(first, last);
         let mut ids = std::mem::take(&mut self.scratch);
         ids.clear();
         ids.extend(self.pages.same_frame(tracked.first));
@@ -254,8 +161,11 @@ impl ShadowMmu {
                 continue;
             }
             let role = self.pages[id].role;
-            for index in role.shadow_indexes(first, last) {
+            for index in self.seeded_indexes(&role, first, last) {
                 self.revalidate(EntryRef::new(id, index), &role);
+            }
+            if self.is_broken(Seeded::FirstPageOfTableOnly) {
+                break;
             }
         }
         self.scratch = ids;
@@ -268,15 +178,22 @@ impl ShadowMmu {
         let page = &mut self.pages[id];
         page.writes = page.writes.saturating_add(1);
         let worth = if page.role.level == 1 { page.count } else { page.count.saturating_mul(8) };
-        self.options.flood_zap && page.pins == 0 && page.writes > worth.saturating_add(8)
+        let flooded = page.writes > worth.saturating_add(8);
+        let in_use = page.pins > 0;
+        self.options.flood_zap && (!in_use || self.is_broken(Seeded::FloodTakesRoots)) && flooded
     }
 
     /// Makes an entry say what the guest's entry now says, or nothing.
     fn revalidate(&mut self, at: EntryRef, role: &Role) {
         let old = self.entry(at);
         let raw = self.guest_entry(at);
-        let target = role.guest_target(at.index(), raw);
+        let target = self.seeded_target(role, role.guest_target(at.index(), raw));
+        let raw = if self.is_broken(Seeded::ClearedAccessedFlagMissed) { raw | A } else { raw };
         match (spte::kind(old, role.level), target) {
+            (spte::Kind::Link, _) if self.is_broken(Seeded::LinksNotRevalidated) => {}
+            (spte::Kind::Leaf, _) if role.level == 1 && self.is_broken(Seeded::LeavesNotRevalidated) => {}
+            (spte::Kind::Leaf, _) if role.level > 1 && self.is_broken(Seeded::LargeLeavesNotRevalidated) => {}
+            (spte::Kind::Marker, _) if self.is_broken(Seeded::MarkersNotRevalidated) => {}
             (spte::Kind::Link, _) if self.link_still_holds(at, old, raw, &target) => {}
             (_, Target::Leaf(leaf)) if role.level == 1 && raw & A != 0 => {
                 self.update_leaf(at, old, role, &leaf)
@@ -290,7 +207,12 @@ impl ShadowMmu {
     /// are those that a read would get.
     fn update_leaf(&mut self, at: EntryRef, old: u64, role: &Role, leaf: &Leaf) {
         let access = mmu::Access::new(AccessKind::Read, Privilege::Supervisor);
+        let leaf = &self.seeded_leaf(leaf);
         let new = match self.memory.slot(leaf.gfn) {
+            Slot::Rom(frame) if self.is_broken(Seeded::RomUpdatedWritable) => {
+                let rights = Filler { role, leaf, access: &access }.rights(self, true);
+                spte::leaf(frame, 1, rights, leaf.global, leaf.pkey)
+            }
             Slot::Ram(frame) => {
                 let rights = Filler { role, leaf, access: &access }.rights(self, true);
                 spte::leaf(frame, 1, rights, leaf.global, leaf.pkey)
@@ -319,7 +241,9 @@ impl ShadowMmu {
                 (leaf.gfn, role.direct_child(&leaf), role.direct_link_rights(&leaf))
             }
         };
-        child.gfn == gfn && child.role == role && old == spte::link(spte::frame(old), rights)
+        (child.gfn == gfn || self.is_broken(Seeded::LinkFrameNotCompared))
+            && (child.role == role || self.is_broken(Seeded::LinkRoleNotCompared))
+            && (old == spte::link(spte::frame(old), rights) || self.is_broken(Seeded::LinkRightsNotCompared))
     }
 
     /// The guest's entry behind an entry of a `Guest` page, with the flags taken as set that cannot be: where the table
@@ -330,8 +254,10 @@ impl ShadowMmu {
         let offset = page.role.guest_index(at.index()) * bytes;
         let (frame, lost) = match self.memory.slot(page.gfn) {
             Slot::Ram(frame) => (frame, 0),
+            Slot::Rom(frame) if self.is_broken(Seeded::RomFlagsNotAssumed) => (frame, 0),
             Slot::Rom(frame) => (frame, A | D),
             Slot::Unbacked => return 0,
+            Slot::Mmio if self.is_broken(Seeded::AbsentTableReadsZero) => return 0,
             Slot::Mmio => return if bytes == 4 { 0xffff_ffff } else { u64::MAX },
         };
         let hpa = frame.base().wrapping_add(offset);
@@ -367,7 +293,9 @@ impl ShadowMmu {
     fn flag_was_set(&mut self, gpa: Gpa, entry_bytes: u64) {
         let Some(tracked) = self.tracker.get(gpa.frame()) else { return };
         let same_size = |id| self.pages[id].role.entry_bytes() == entry_bytes;
-        if self.pages.same_frame(tracked.first).all(same_size) {
+        if self.pages.same_frame(tracked.first).all(same_size)
+            || self.is_broken(Seeded::FlagOfOtherFormatMissed)
+        {
             return;
         }
         // Rare beyond reason, so in the plainest way: as a write of the byte that holds both flags.

@@ -5,6 +5,7 @@
 //! falls away under the feet of its own fill is how reclaim has let guests out. A sixteenth of the pool is freed at a
 //! time, so that a pool that is too small does not reclaim at every fault.
 
+use crate::Seeded;
 use crate::ShadowMmu;
 use guestmem::MemoryError;
 use mmu::{Counter, MmuError, TlbFlush};
@@ -18,7 +19,7 @@ impl ShadowMmu {
         let (in_use, capacity) = self.memory.table_usage();
         let cap = self.options.page_cap.map_or(usize::MAX, |cap| cap.max(SMALLEST_CAP));
         let live = self.pages.live();
-        if live < cap && in_use < capacity {
+        if (live < cap || self.is_broken(Seeded::CapIgnored)) && in_use < capacity {
             return Ok(());
         }
         let target = live.saturating_sub((live / 16).max(1));
@@ -30,8 +31,11 @@ impl ShadowMmu {
             if id == 0 {
                 break;
             }
+            let in_path = self.path.contains(id) && !self.is_broken(Seeded::ReclaimTakesThePath);
+            let takes_roots = self.is_broken(Seeded::ReclaimTakesRoots);
             let page = &mut self.pages[id];
-            if page.pins > 0 || page.touched || self.path.contains(id) {
+            let pinned = page.pins > 0 && !takes_roots;
+            if pinned || page.touched || in_path {
                 page.touched = false;
                 self.pages.refresh(id);
                 continue;
@@ -44,7 +48,9 @@ impl ShadowMmu {
         }
         self.counters.add(Counter::ShadowPagesReclaimed, freed as u64);
         // A CPU that caches links (paging-structure caches) would otherwise follow one to a frame with a new use.
-        self.owe(TlbFlush::All);
+        if !self.is_broken(Seeded::ReclaimNotFlushed) {
+            self.owe(TlbFlush::All);
+        }
         Ok(())
     }
 }
