@@ -42,10 +42,7 @@ pub(crate) fn audit(mmu: &ShadowMmu) -> Audited {
     let mut found = Found::default();
     for (id, page) in mmu.pages.iter() {
         audit.page(id, page)?;
-        for index in 0..512 {
-            let at = EntryRef::new(id, index);
-            audit.entry(at, page, &mut found)?;
-        }
+        audit.entries(id, page, &mut found)?;
     }
     audit.lists(&found)?;
     audit.splinters(&found)?;
@@ -83,13 +80,23 @@ impl Audit<'_> {
         check(kept, "a page that nothing leads to is zapped", what)
     }
 
+    fn entries(&self, id: PageId, page: &Page, found: &mut Found) -> Audited {
+        let mut bytes = [0; 4096];
+        self.mmu.memory.host().read(frame_of(id).base(), &mut bytes);
+        for (index, raw) in bytes.chunks_exact(8).enumerate() {
+            let present = page.present[index / 64] >> (index % 64) & 1 != 0;
+            if raw == [0; 8] && !present {
+                continue;
+            }
+            let at = EntryRef::new(id, index);
+            check((raw != [0; 8]) == present, "the entries present are marked as such", || self.place(at))?;
+            self.entry(at, page, found)?;
+        }
+        Ok(())
+    }
+
     fn entry(&self, at: EntryRef, page: &Page, found: &mut Found) -> Audited {
         let raw = self.mmu.entry(at);
-        let present = page.present[at.index() / 64] >> (at.index() % 64) & 1 != 0;
-        check((raw != 0) == present, "the entries present are marked as such", || self.place(at))?;
-        if raw == 0 {
-            return Ok(());
-        }
         let target = match page.role.kind {
             PageKind::Direct => page.role.direct_target(page.gfn, at.index()),
             PageKind::Synthetic => {
@@ -265,18 +272,17 @@ impl Audit<'_> {
     }
 
     fn splinters(&self, found: &Found) -> Audited {
-        for (half, levels) in self.mmu.splinters.live().iter().enumerate() {
-            for (level, counts) in levels.iter().enumerate() {
-                for (index, &count) in counts.iter().enumerate() {
-                    let key = (half as u8, level as u8 + 2, index);
-                    let wanted = found.splinters.get(&key).copied().unwrap_or(0);
-                    check(count == wanted, "splinters are counted", || {
-                        format!("{key:?}: {count} counted, {wanted} there")
-                    })?;
-                }
-            }
+        let live = self.mmu.splinters.live();
+        let counted = live.iter().flatten().flatten().filter(|&&count| count > 0).count();
+        for (&(half, level, index), &wanted) in &found.splinters {
+            let count = live[usize::from(half)][usize::from(level) - 2][index];
+            check(count == wanted, "splinters are counted", || {
+                format!("index {index} of level {level} in half {half}: {count} counted, {wanted} there")
+            })?;
         }
-        Ok(())
+        check(counted == found.splinters.len(), "splinters are counted", || {
+            format!("{counted} places counted, {} there", found.splinters.len())
+        })
     }
 
     fn tracking(&self) -> Audited {

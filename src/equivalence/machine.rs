@@ -221,7 +221,6 @@ impl Machine {
         if !access.is_write() || !self.memory.host().write(hpa, data) {
             return Err(Broken::Answer { gva, answer: format!("table write at {gpa}") });
         }
-        self.memory.dirty().mark(gpa.frame());
         let flush = self.mmu.guest_table_written(gpa, data.len() as u64).map_err(failed("a table write"))?;
         self.flush(flush, cpu);
         Ok(Outcome::Memory(gpa.0))

@@ -57,6 +57,14 @@ impl Seeded {
         }
     }
 
+    /// Which part of the backend it breaks.
+    pub fn class(self) -> &'static str {
+        match self {
+            Seeded::Shadow(fault) => fault.class(),
+            Seeded::Ept(fault) => fault.class(),
+        }
+    }
+
     /// What it does.
     pub fn phrase(self) -> &'static str {
         match self {
