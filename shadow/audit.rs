@@ -219,9 +219,8 @@ impl Audit<'_> {
                 "what can be written is in the dirty log",
                 || self.place(at),
             )?;
-            check(mmu.tracker.was_handed_out(leaf.gfn), "frames that can be written are known", || {
-                self.place(at)
-            })?;
+            let known = mmu.tracker.was_handed_out_whole(leaf.gfn, level);
+            check(known, "frames that can be written are known", || self.place(at))?;
         }
         let guest = if page.role.wp { leaf.rights } else { page.role.access & leaf.rights };
         let mut allowed = guest;
@@ -319,6 +318,8 @@ impl Audit<'_> {
         let mut pins: BTreeMap<PageId, u16> = BTreeMap::new();
         for cpu in &self.mmu.cpus {
             check(self.mmu.pages.is_live(cpu.root), "a CPU's root is in use", || format!("{cpu:?}"))?;
+            let right = self.mmu.is_root_for(cpu.root, &cpu.state);
+            check(right, "a CPU's root is that of its state", || format!("{cpu:?}"))?;
             *pins.entry(cpu.root).or_default() += 1;
         }
         for (id, page) in self.mmu.pages.iter() {
@@ -353,6 +354,10 @@ impl Audit<'_> {
 
     fn pool(&self) -> Audited {
         let (in_use, _) = self.mmu.memory.table_usage();
+        let most = self.mmu.most_pages();
+        check(self.mmu.pages.live() <= most, "there are no more pages than may be", || {
+            format!("{} pages, at most {most}", self.mmu.pages.live())
+        })?;
         check(in_use == self.mmu.pages.live(), "the table frames in use are the shadow pages", || {
             format!("{in_use} frames, {} pages", self.mmu.pages.live())
         })

@@ -143,9 +143,6 @@ impl ShadowMmu {
     /// The role of a root page.
     #[inline(always)]
     pub(crate) fn seeded_root_role(&self, mut role: Role) -> Role {
-        if self.is_broken(Seeded::RoleLacksWp) {
-            (role.wp, role.smep, role.flip) = (true, false, false);
-        }
         role.smep &= !self.is_broken(Seeded::RoleLacksSmep);
         role.flip |= !role.wp && self.is_broken(Seeded::RoleFlipsAlways);
         role.nxe &= !self.is_broken(Seeded::RoleLacksNxe);

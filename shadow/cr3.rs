@@ -81,8 +81,7 @@ impl ShadowMmu {
     pub(crate) fn take_root(&mut self, state: &PagingState) -> Result<PageId, MmuError> {
         let role = self.seeded_root_role(Role::root(state, &self.options));
         let Some(gfn) = role_frame(state) else {
-            let mask = state.phys_mask() & !0xfff;
-            let mut set = state.pdptes.map(|pdpte| if pdpte & 1 != 0 { pdpte & mask | 1 } else { 0 });
+            let mut set = pdpte_set(state);
             if self.is_broken(Seeded::ThirdPdpteIgnored) {
                 set[2] = 0;
             }
@@ -97,6 +96,16 @@ impl ShadowMmu {
             return taken;
         };
         self.pin_root(gfn, role)
+    }
+
+    /// Whether a page is the root for `state`.
+    pub(crate) fn is_root_for(&self, id: PageId, state: &PagingState) -> bool {
+        let page = &self.pages[id];
+        let right_frame = match role_frame(state) {
+            Some(gfn) => page.gfn == gfn,
+            None => self.pdpte_sets.get(PagingMode::Pae, page.gfn) == pdpte_set(state),
+        };
+        right_frame && page.role == Role::root(state, &self.options)
     }
 
     fn pin_root(&mut self, gfn: Gfn, role: Role) -> Result<PageId, MmuError> {
@@ -185,6 +194,12 @@ impl ShadowMmu {
         self.owe(TlbFlush::All);
         Ok(())
     }
+}
+
+/// What counts of the PDPTE registers: the tables that they lead to.
+fn pdpte_set(state: &PagingState) -> [u64; 4] {
+    let mask = state.phys_mask() & !0xfff;
+    state.pdptes.map(|pdpte| if pdpte & 1 != 0 { pdpte & mask | 1 } else { 0 })
 }
 
 /// The frame that the root page shadows; 0 while paging is off, `None` in PAE mode.

@@ -278,15 +278,13 @@ impl ShadowMmu {
             && self.pages.slot(at).gfn() == gfn;
         if same_page {
             // The two forms of a page while CR0.WP = 0: each lacks a right that the other has.
-            if !spte::rights(new).contains(spte::rights(old)) && !self.is_broken(Seeded::TurnNotFlushed) {
+            if !spte::rights(new).contains(spte::rights(old)) {
                 self.owe(TlbFlush::Page(gva));
             }
             self.change_leaf(at, new);
             return;
         }
-        if !self.is_broken(Seeded::LeafOverLeaf) {
-            self.drop_entry(at);
-        }
+        self.drop_entry(at);
         self.set_leaf(at, new, gfn);
         self.counters.count(Counter::ShadowEntriesFilled);
         if level > 1 {
@@ -320,8 +318,7 @@ impl ShadowMmu {
         let parent = self.pages[at.page()].role;
         if spte::kind(old, parent.level) == spte::Kind::Link {
             let child = page_in(spte::frame(old));
-            let any_role = self.is_broken(Seeded::LinkFollowedByFrame);
-            if self.pages[child].gfn == gfn && (self.pages[child].role == role || any_role) {
+            if self.pages[child].gfn == gfn && self.pages[child].role == role {
                 let new = spte::link(frame_of(child), rights);
                 if new != old {
                     self.change_link(at, new);
@@ -331,9 +328,7 @@ impl ShadowMmu {
             }
         }
         // What stood here goes first: a child found while it still stands could go with it.
-        if !self.is_broken(Seeded::LinkOverEntry) {
-            self.drop_entry(at);
-        }
+        self.drop_entry(at);
         let child = self.page_for(gfn, role)?;
         self.set_link(at, spte::link(frame_of(child), rights), child);
         if parent.kind == Kind::Guest && role.kind == Kind::Direct {

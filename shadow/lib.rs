@@ -45,7 +45,7 @@ pub use seeded::Seeded;
 
 use cr3::{Cpu, PdpteSets};
 use fill::Path;
-use guestmem::{Gfn, Gpa, GuestMemory, Gva};
+use guestmem::{FrameMark, Gfn, Gpa, GuestMemory, Gva};
 use mmu::{
     AuditError, Controls, Counters, CpuId, Fault, FaultKind, Intercepts, InvpcidKind, MmuBackend, MmuError,
     PagingMode, PagingState, Resolution, TableRoot, TlbFlush,
@@ -134,6 +134,18 @@ impl ShadowMmu {
             self.audit()?;
         }
         Ok(answer)
+    }
+}
+
+impl Drop for ShadowMmu {
+    /// The pool and the marks outlive the backend: another may be put on the same memory.
+    fn drop(&mut self) {
+        for frame in self.tracker.all().filter_map(|(_, tracked)| tracked.frame) {
+            self.memory.host().unmark(frame, FrameMark::TABLE);
+        }
+        for (id, _) in self.pages.iter() {
+            self.memory.free_table(frame_of(id));
+        }
     }
 }
 

@@ -14,10 +14,15 @@ use mmu::{Counter, MmuError, TlbFlush};
 const SMALLEST_CAP: usize = 8;
 
 impl ShadowMmu {
+    /// How many pages there may be.
+    pub(crate) fn most_pages(&self) -> usize {
+        self.options.page_cap.map_or(usize::MAX, |cap| cap.max(SMALLEST_CAP))
+    }
+
     /// Makes sure that one more page can be taken.
     pub(crate) fn make_room(&mut self) -> Result<(), MmuError> {
         let (in_use, capacity) = self.memory.table_usage();
-        let cap = self.options.page_cap.map_or(usize::MAX, |cap| cap.max(SMALLEST_CAP));
+        let cap = self.most_pages();
         let live = self.pages.live();
         if (live < cap || self.is_broken(Seeded::CapIgnored)) && in_use < capacity {
             return Ok(());

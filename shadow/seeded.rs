@@ -153,10 +153,6 @@ seeded! {
         RoleKeyIgnored = "role-key-ignored",
         /// A page is never found, and made again.
         LookupMisses = "lookup-misses",
-        /// A link that stands is followed if the frame is right, whatever the role.
-        LinkFollowedByFrame = "link-followed-by-frame",
-        /// The role is without CR0.WP: as if it were always set.
-        RoleLacksWp = "role-lacks-wp",
         /// The role is without CR4.SMEP.
         RoleLacksSmep = "role-lacks-smep",
         /// The role lets leaves be turned over in spite of SMAP and protection keys.
@@ -205,10 +201,6 @@ seeded! {
         TurnedPageStaysUser = "turned-page-stays-user",
         /// A page turned over to the supervisor can be fetched from in spite of SMEP.
         TurnedPageExecutable = "turned-page-executable",
-        /// Another leaf is written over one that stands, which stays in the list of its frame.
-        LeafOverLeaf = "leaf-over-leaf",
-        /// A link is written over an entry that stands.
-        LinkOverEntry = "link-over-entry",
     }
     "device markers" {
         /// A marker is written over a leaf, which stays in the list of its frame.
@@ -265,8 +257,6 @@ seeded! {
         PcideNotFlushed = "pcide-not-flushed",
         /// Write protection of a frame asks for no flush.
         ProtectionNotFlushed = "protection-not-flushed",
-        /// A page turned over between user and supervisor asks for no flush.
-        TurnNotFlushed = "turn-not-flushed",
         /// A change of the guest-physical map asks for no flush.
         MapChangeNotFlushed = "map-change-not-flushed",
         /// The dirty log takes write rights away without a flush.

@@ -95,6 +95,17 @@ impl Tracker {
         was
     }
 
+    /// Whether every frame of the block that begins at `gfn` counts as handed out; `level` is that of the entry.
+    pub fn was_handed_out_whole(&self, gfn: Gfn, level: u8) -> bool {
+        if level == 1 {
+            return self.was_handed_out(gfn);
+        }
+        let word = (gfn.0 / 64) as usize;
+        let words = 8 << (9 * u32::from(level - 2));
+        let end = (word + words).min(self.handed_out.len());
+        self.handed_out.get(word..end).is_some_and(|bits| bits.iter().all(|&bits| bits == u64::MAX))
+    }
+
     pub fn was_handed_out(&self, gfn: Gfn) -> bool {
         self.handed_out.get((gfn.0 / 64) as usize).is_some_and(|bits| bits >> (gfn.0 % 64) & 1 != 0)
     }

@@ -86,6 +86,30 @@ pub enum Event {
         /// Make it large.
         large: bool,
     },
+    /// An entry is copied, with some bits changed: what it leads to has one more name, with other rights.
+    Twin {
+        /// The table and the entry that are copied.
+        from: (u8, u8),
+        /// Where to.
+        to: (u8, u8),
+        /// The bits that change.
+        flip: u64,
+        /// By whom.
+        by: Writer,
+    },
+    /// An entry is written again and again, as by a guest that clears a table or gives its frame another use.
+    Storm {
+        /// Which table.
+        table: u8,
+        /// Which entry.
+        index: u8,
+        /// What, every other time.
+        raw: u64,
+        /// How often.
+        times: u8,
+        /// By whom.
+        by: Writer,
+    },
     /// CPU 0 loads CR3.
     LoadCr3 {
         /// Which table.
@@ -139,6 +163,23 @@ pub enum Event {
 }
 
 impl Event {
+    /// Whether the event changes what a TLB may hold in another way than by a table.
+    pub fn concerns_tlb(&self) -> bool {
+        matches!(
+            self,
+            Event::LoadCr3 { .. }
+                | Event::Mode(_)
+                | Event::Control(_)
+                | Event::Pkru(_)
+                | Event::Invlpg { .. }
+                | Event::Invpcid { .. }
+                | Event::Replace { .. }
+                | Event::StartLog
+                | Event::Collect
+                | Event::StopLog
+        )
+    }
+
     /// What kind of event it is, for counting.
     pub fn name(&self) -> &'static str {
         match self {
@@ -148,6 +189,8 @@ impl Event {
             Event::Flip { .. } => "bit of an entry changed",
             Event::Edit { .. } => "entry in use changed",
             Event::Reshape { .. } => "large page formed or broken up",
+            Event::Twin { .. } => "entry copied",
+            Event::Storm { .. } => "entry written again and again",
             Event::LoadCr3 { .. } => "CR3 load",
             Event::Mode(_) => "mode switch",
             Event::Control(_) => "control bit changed",
@@ -200,6 +243,10 @@ pub enum Replacement {
     Device,
     /// Nothing yet: the next touch gets a zeroed frame.
     Unbacked,
+    /// The same frame, which the guest cannot write any more.
+    Frozen,
+    /// The same frame, which the guest can write again.
+    Thawed,
 }
 
 /// A control bit.
@@ -221,6 +268,10 @@ pub enum Control {
     Pcide,
     /// EFER.NXE.
     Nxe,
+    /// Pages of 1 GiB: another CPU model takes over.
+    GibPages,
+    /// The width of physical addresses: another CPU model takes over.
+    Width,
 }
 
 /// Everything that translation depends on, CR3 excepted.
@@ -277,6 +328,14 @@ pub fn toggled(state: &PagingState, control: Control) -> PagingState {
             new.cr4 ^= CR4_PCIDE
         }
         Control::Nxe => new.efer ^= EFER_NXE,
+        Control::GibPages => new.gib_pages ^= true,
+        Control::Width => {
+            new.phys_bits = match state.phys_bits {
+                46 => 52,
+                52 => 40,
+                _ => 46,
+            }
+        }
         Control::Pke | Control::Pcide => {}
     }
     new

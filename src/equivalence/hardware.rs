@@ -5,7 +5,9 @@
 use guestmem::{Gpa, GuestMemory, Gva, Hpa};
 use mmu::nested::{EptFault, NestedFault, NestedMemory, walk_nested};
 use mmu::walk::{HostTables, denial, walk_access};
-use mmu::{Access, AccessKind, PageFault, PagingState, Privilege, Rights, TableRoot, TlbFlush, Translation};
+use mmu::{
+    Access, AccessKind, Controls, PageFault, PagingState, Privilege, Rights, TableRoot, TlbFlush, Translation,
+};
 
 /// Why the hardware stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +28,8 @@ struct Entry {
     whole: u64,
     pcid: u16,
     global: bool,
+    /// The address that it was made for.
+    made_for: u64,
     /// Host-physical address of the page.
     host: u64,
     rights: Rights,
@@ -43,11 +47,41 @@ impl Entry {
             whole: found.size.offset_mask(),
             pcid,
             global: found.global,
+            made_for: gva.0,
             host: physical & !mask,
             rights: found.rights,
             pkey: found.pkey,
             write_ready: true,
         }
+    }
+}
+
+/// A translation that is held, as far as it concerns the address that it was made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The address.
+    pub gva: u64,
+    /// Where it leads.
+    pub hpa: Hpa,
+    /// The PCID that it was made under.
+    pub pcid: u16,
+    /// Whether it serves all PCIDs.
+    pub global: bool,
+    rights: Rights,
+    pkey: u8,
+    write_ready: bool,
+}
+
+impl Held {
+    /// Whether an access needs no walk.
+    pub fn permits(&self, access: &Access, controls: &Controls) -> bool {
+        let ready = !access.is_write() || self.write_ready;
+        ready && denial(self.rights, self.pkey, access, controls).is_none()
+    }
+
+    /// Whether somebody may write by it.
+    pub fn is_writable(&self) -> bool {
+        self.write_ready && self.rights.contains(Rights::WRITE)
     }
 }
 
@@ -75,6 +109,19 @@ impl Hardware {
                 TlbFlush::All => true,
             }
         });
+    }
+
+    /// All translations that are held.
+    pub fn held(&self) -> impl Iterator<Item = Held> + '_ {
+        self.entries.iter().map(|e| Held {
+            gva: e.made_for,
+            hpa: Hpa(e.host | e.made_for & e.mask),
+            pcid: e.pcid,
+            global: e.global,
+            rights: e.rights,
+            pkey: e.pkey,
+            write_ready: e.write_ready,
+        })
     }
 
     /// Forgets everything, behind everybody's back.
@@ -120,7 +167,7 @@ impl Hardware {
     pub fn prefetch(&mut self, memory: &GuestMemory, root: &TableRoot, state: &PagingState, gva: Gva) {
         let access = Access { kind: AccessKind::Read, privilege: Privilege::Supervisor, ac: true };
         if let Ok(new) = self.walk(memory, root, state, gva, &access, &[])
-            && !self.entries.contains(&new)
+            && !self.entries.iter().any(|old| Entry { made_for: new.made_for, ..*old } == new)
         {
             self.entries.push(new);
         }

@@ -7,11 +7,13 @@
 //! architecture permits, every byte of the tables must be the same, and the backend's audit must pass. A life that fails
 //! is reduced to the events that matter and can be lived again by its seed.
 //!
-//! In the order of one event: [`strategy`] generates it, [`sequence`] makes it happen on both sides, [`machine`] is the one
-//! side ([`hardware`] walks the backend's tables), [`model`] the other, [`suite`] does that by seed, [`campaign`] many times,
-//! [`tally`] counts. Beside chance stands [`matrix`]: every access through every entry that differs in one bit.
+//! In the order of one event: [`strategy`] generates it, [`sequence`] makes it happen on both sides (`deeds`) and looks at
+//! what came of it (`checks`), [`machine`] is the one side ([`hardware`] walks the backend's tables), [`model`] the other,
+//! [`suite`] does that by seed, [`campaign`] many times, [`tally`] counts. Beside chance stands [`matrix`]: every access through every entry that differs in one bit.
 
 pub mod campaign;
+mod checks;
+mod deeds;
 pub mod event;
 pub mod hardware;
 pub mod layout;

@@ -2,13 +2,14 @@
 //! is watched; CPU 1 has paging off and does what another processor would do to memory. Exits are answered as the run loop
 //! and the software CPU answer them.
 
-use crate::hardware::{Hardware, Stop};
+use crate::hardware::{Hardware, Held, Stop};
 use crate::model::Outcome;
 use crate::plan::{Backend, Plan};
-use guestmem::{Backing, Gfn, Gpa, GuestMemory, Gva, Hpa, MemoryConfig, Policy, Slot};
+use guestmem::{Backing, FrameMark, Gfn, Gpa, GuestMemory, Gva, Hpa, MemoryConfig, Policy, Slot};
 use mmu::nested::EptQualification;
 use mmu::{
-    Access, CpuId, Fault, FaultKind, InvpcidKind, MmuBackend, PagingState, Resolution, TableRoot, TlbFlush,
+    Access, Controls, CpuId, Fault, FaultKind, InvpcidKind, MmuBackend, PagingState, Resolution, TableRoot,
+    TlbFlush,
 };
 use std::sync::Arc;
 
@@ -137,6 +138,16 @@ impl Machine {
         for &gva in addresses {
             hardware.prefetch(&self.memory, &root, state, Gva(gva));
         }
+    }
+
+    /// What the TLB of a CPU holds, and the control bits that accesses by it are checked with.
+    pub fn held(&self, cpu: usize) -> (impl Iterator<Item = Held> + '_, Controls) {
+        let Cpu { id, state, hardware } = &self.cpus[cpu];
+        let controls = match self.mmu.root(*id) {
+            TableRoot::Shadow { controls, .. } => controls,
+            TableRoot::Nested { .. } => state.controls(),
+        };
+        (hardware.held(), controls)
     }
 
     /// One access within a page; a write stores `data`.
@@ -321,12 +332,44 @@ impl Machine {
         Ok(true)
     }
 
+    /// The host takes the guest's right to write a frame, or gives it back. False if there is no such right to take or
+    /// give.
+    pub fn set_writable(&mut self, gfn: Gfn, writable: bool) -> Result<bool, Broken> {
+        let slot = match (self.memory.slot(gfn), writable) {
+            (Slot::Ram(frame), false) => Slot::Rom(frame),
+            (Slot::Rom(frame), true) => Slot::Ram(frame),
+            _ => return Ok(false),
+        };
+        self.memory.set_slot(gfn, slot);
+        self.memory_changed(gfn.0..gfn.0 + 1)?;
+        Ok(true)
+    }
+
     /// The host tells the backend of changes.
     pub fn memory_changed(&mut self, frames: std::ops::Range<u64>) -> Result<(), Broken> {
         let flush = self.mmu.memory_changed(Gfn(frames.start)..Gfn(frames.end));
         let flush = flush.map_err(failed("a change of the guest-physical map"))?;
         self.flush(flush, 0);
         Ok(())
+    }
+
+    /// The backend goes: it must give back what it took.
+    pub fn end(self) -> Result<(), Broken> {
+        let Self { memory, mmu, .. } = self;
+        drop(mmu);
+        let broken = |error: String| Err(Broken::Failed { doing: "giving everything back", error });
+        let in_use = memory.table_usage().0;
+        if in_use > 0 {
+            return broken(format!("{in_use} frames of tables are in use still"));
+        }
+        let guest = (0..memory.end().0).filter_map(|gfn| match memory.slot(Gfn(gfn)) {
+            Slot::Ram(frame) | Slot::Rom(frame) => Some(frame),
+            _ => None,
+        });
+        match guest.into_iter().find(|&frame| memory.host().marks(frame).contains(FrameMark::TABLE)) {
+            Some(frame) => broken(format!("host frame {frame:#x} is marked as a table still")),
+            None => Ok(()),
+        }
     }
 
     /// Every invariant of the backend.

@@ -4,7 +4,7 @@
 
 use crate::ram::{Behind, FlatRam, Overlay};
 use mmu::{Access, InvpcidKind, PagingMode, PagingState, TlbFlush};
-use reference::{Cpu, Tlb, must_forget, translate, visit};
+use reference::{Cached, Cpu, Tlb, must_forget, translate, visit};
 use std::collections::BTreeSet;
 
 /// What an access came to.
@@ -122,6 +122,16 @@ impl Model {
     /// The one way in which an access by a physical address may end: that of a CPU with paging off.
     pub fn by_physical_address(&self, gpa: u64, access: &Access) -> Vec<Candidate> {
         vec![Candidate { outcome: self.at(gpa, access), flags: Vec::new(), stale: false }]
+    }
+
+    /// Where an access by a translation that is held may go without a walk: that of a PCID, or a global one.
+    pub fn by_held(&self, gva: u64, pcid: u16, global: bool, access: &Access) -> impl Iterator<Item = u64> {
+        let cpu = self.cpu();
+        let serves = move |held: &&Cached| {
+            let covers = gva & !(held.leaf.page_size - 1) == held.linear;
+            covers && (held.global || !global && held.pcid == pcid)
+        };
+        self.tlb.held().iter().filter(serves).filter_map(move |held| held.physical(&cpu, gva, access))
     }
 
     /// Those of these addresses that a walk maps now, with the physical page.

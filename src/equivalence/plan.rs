@@ -120,11 +120,11 @@ impl Plan {
     /// concerns the other backend.
     pub fn new(kind: Kind, choices: Choices, seeded: Option<Seeded>) -> Self {
         let on = |bit: u8| choices.off >> bit & 1 == 0;
-        let cap = (choices.cap > 0).then_some(usize::from(choices.cap));
+        let cap = |least: usize| (choices.cap > 0).then_some(least + usize::from(choices.cap % 16));
         let _unused_without_the_feature = seeded;
         let backend = match kind {
             Kind::Shadow => {
-                let mut options = shadow::Options { page_cap: cap, ..Default::default() };
+                let mut options = shadow::Options { page_cap: cap(8), ..Default::default() };
                 for (bit, (name, _)) in shadow::Options::SWITCHES.iter().enumerate() {
                     if let Some(switch) = options.switch(name) {
                         *switch = on(bit as u8);
@@ -137,7 +137,7 @@ impl Plan {
                 Backend::Shadow(options)
             }
             Kind::Ept => {
-                let mut options = ept::Options { max_tables: cap, ..Default::default() };
+                let mut options = ept::Options { max_tables: cap(6), ..Default::default() };
                 for (bit, (name, ..)) in ept::Options::default().switches().iter().enumerate() {
                     options.set(name, on(bit as u8) && *name != "audit");
                 }

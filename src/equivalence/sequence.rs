@@ -1,7 +1,7 @@
 //! One life of a machine beside the model: every event happens to both, every access must end in a way that the
 //! architecture permits, memory must hold the same bytes, and the audit must pass.
 
-use crate::event::{Aim, Event, Replacement, Setup, Writer, toggled};
+use crate::event::{Aim, Event, Setup, toggled};
 use crate::layout::{DATA, PDPTES, TABLES, addresses, entry_of};
 use crate::machine::{Broken, Machine};
 use crate::model::{Candidate, Model, Outcome};
@@ -9,8 +9,8 @@ use crate::plan::{Discipline, Kind, Plan, Seeded};
 use crate::ram::{Behind, FlatRam};
 use crate::strategy::{Life, cr3, pdpte, tamed};
 use crate::tally::Tally;
-use guestmem::{Gfn, Gpa, Gva, Slot};
-use mmu::{Access, AccessKind, PagingMode, PagingState, Privilege};
+use guestmem::{Gfn, Gva, Hpa, Slot};
+use mmu::{Access, PagingMode, PagingState};
 use std::fmt;
 
 /// What went wrong in a life.
@@ -54,6 +54,31 @@ pub enum Wrong {
         /// The engine refuses them.
         refuses: bool,
     },
+    /// The TLB holds a translation that it may not hold any more.
+    Held {
+        /// The linear address.
+        gva: u64,
+        /// The PCID it was made under.
+        pcid: u16,
+        /// An access that it permits.
+        access: Access,
+        /// Where it leads.
+        hpa: Hpa,
+    },
+    /// The TLB permits writes to a table that the backend follows.
+    HeldTable {
+        /// The linear address.
+        gva: u64,
+        /// The table.
+        hpa: Hpa,
+    },
+    /// The TLB permits writes that the dirty log would not see.
+    HeldUnlogged {
+        /// The linear address.
+        gva: u64,
+        /// The frame.
+        gfn: u64,
+    },
     /// A write is missing in the dirty log.
     Unlogged {
         /// The frame.
@@ -70,6 +95,9 @@ impl From<Broken> for Wrong {
 impl fmt::Display for Wrong {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Wrong::Pdptes { refused, refuses } => {
+                write!(f, "the PDPTEs are refused: {refuses}; they should be: {refused}")
+            }
             Wrong::Broken(broken) => write!(f, "{broken}"),
             Wrong::Access { gva, access, got, permitted } => {
                 write!(f, "{access:x?} at {gva:#x} ended in {got:x?}; permitted: {permitted:x?}")
@@ -77,8 +105,17 @@ impl fmt::Display for Wrong {
             Wrong::Memory { gpa, got, expected } => {
                 write!(f, "memory at {gpa:#x} is {got:x?} and should be {expected:x?}")
             }
-            Wrong::Pdptes { refused, refuses } => {
-                write!(f, "the PDPTEs are refused: {refuses}; they should be: {refused}")
+            Wrong::Held { gva, pcid, access, hpa } => {
+                write!(f, "the TLB still permits {access:x?} at {gva:#x} under PCID {pcid}, to {hpa}")
+            }
+            Wrong::HeldTable { gva, hpa } => {
+                write!(f, "the TLB still permits writes at {gva:#x} to the table at {hpa}")
+            }
+            Wrong::HeldUnlogged { gva, gfn } => {
+                write!(
+                    f,
+                    "the TLB still permits writes at {gva:#x} to frame {gfn:#x}, unseen by the dirty log"
+                )
             }
             Wrong::Unlogged { gfn } => {
                 write!(f, "frame {gfn:#x} was written and is not in the dirty log")
@@ -108,17 +145,18 @@ pub fn live(life: &Life, kind: Kind, seeded: Option<Seeded>, tally: &mut Tally) 
         run.step(event, tally).map_err(|fault| Failure { event: Some(n), fault })?;
     }
     let frames = (0..0x21).chain(DATA).chain(0x400..0x404).chain(0x600..0x604).chain(0x800..0x804);
-    run.compare(frames).map_err(|fault| Failure { event: Some(life.events.len()), fault })?;
+    let late = |fault| Failure { event: Some(life.events.len()), fault };
+    run.compare(frames).map_err(late)?;
     tally.lived(kind, run.machine.answers, life.events.len());
-    Ok(())
+    run.machine.end().map_err(|broken| late(broken.into()))
 }
 
 /// A machine and the model beside it.
 pub(crate) struct Run {
     pub machine: Machine,
     pub model: Model,
-    discipline: Discipline,
-    logging: bool,
+    pub discipline: Discipline,
+    pub logging: bool,
     /// The address that an event concerned last.
     last: u64,
 }
@@ -169,15 +207,20 @@ impl Run {
     }
 
     fn step(&mut self, event: &Event, tally: &mut Tally) -> Result<(), Wrong> {
+        // The worst TLB there may be: before anything changes it takes in whatever it may hold. An access takes the oldest.
+        let changes = !matches!(event, Event::Access { .. });
+        if changes && self.discipline != Discipline::NoTlb && self.model.state.mode() != PagingMode::Off {
+            let addresses = self.model.speculable();
+            self.machine.prefetch(&addresses);
+        }
         self.happen(event, tally)?;
-        match self.discipline {
-            Discipline::NoTlb => self.machine.forget(),
-            // The worst TLB there may be: it holds whatever it may hold. An access takes the oldest of it.
-            Discipline::Lazy if self.model.state.mode() != PagingMode::Off => {
-                let addresses = self.model.speculable();
-                self.machine.prefetch(&addresses);
+        if self.discipline == Discipline::NoTlb {
+            self.machine.forget();
+        } else {
+            if event.concerns_tlb() {
+                self.tlb_is_permitted()?;
             }
-            _ => {}
+            self.tlb_respects_the_host()?;
         }
         self.machine.audit()?;
         tally.audits += 1;
@@ -219,6 +262,21 @@ impl Run {
                 let new = if flip == 0 { raw } else { old ^ flip };
                 self.write(gpa, &new.to_le_bytes()[..usize::from(size)], by, tally)
             }
+            Event::Twin { from, to, flip, by } => {
+                let (from, size) = self.entry(from.0, from.1);
+                let (to, _) = self.entry(to.0, to.1);
+                let mut raw = [0; 8];
+                self.model.ram.load(from, &mut raw[..size as usize]);
+                let raw = u64::from_le_bytes(raw) ^ flip;
+                self.write(to, &raw.to_le_bytes()[..size as usize], by, tally)
+            }
+            Event::Storm { table, index, raw, times, by } => {
+                let (gpa, size) = self.entry(table, index);
+                (0..times).try_for_each(|n| {
+                    let raw = if n % 2 == 0 { tamed(table, raw) } else { 0 };
+                    self.write(gpa, &raw.to_le_bytes()[..size as usize], by, tally)
+                })
+            }
             Event::Reshape { table, index, below, large } => self.reshape(table, index, below, large, tally),
             Event::LoadCr3 { table, low, keep } => {
                 let state = PagingState { cr3: cr3(mode, table, low), ..self.model.state };
@@ -254,7 +312,7 @@ impl Run {
         }
     }
 
-    fn entry(&self, table: u8, index: u8) -> (u64, u64) {
+    pub(crate) fn entry(&self, table: u8, index: u8) -> (u64, u64) {
         let (offset, size) = entry_of(self.model.state.mode(), index);
         ((TABLES.start + u64::from(table)) << 12 | offset, size)
     }
@@ -272,200 +330,5 @@ impl Run {
         let from = if some.is_empty() { &all } else { &some };
         self.last = from[n % from.len()];
         self.last
-    }
-
-    /// An access within a page, on the machine and on the model.
-    pub fn access(
-        &mut self,
-        cpu: usize,
-        gva: u64,
-        access: &Access,
-        data: &[u8],
-        tally: &mut Tally,
-    ) -> Result<(), Wrong> {
-        let permitted = if cpu == 0 {
-            self.model.candidates(gva, access)
-        } else {
-            self.model.by_physical_address(gva, access)
-        };
-        let got = self.machine.access(cpu, Gva(gva), access, data)?;
-        let taken =
-            permitted.iter().find(|c| c.outcome == got && self.flags_are(c, &permitted, access, data));
-        let Some(taken) = taken.cloned() else {
-            return Err(Wrong::Access { gva, access: *access, got, permitted });
-        };
-        tally.access(access, &taken);
-        self.model.take(&taken, access, data);
-        if let Outcome::Memory(gpa) = got {
-            self.same_frame(gpa >> 12)?;
-        }
-        Ok(())
-    }
-
-    /// Whether memory is as the candidate leaves it, at every entry in which any of them sets a flag.
-    fn flags_are(&self, candidate: &Candidate, all: &[Candidate], access: &Access, data: &[u8]) -> bool {
-        let stored = match candidate.outcome {
-            Outcome::Memory(gpa) if access.is_write() => Some(gpa),
-            _ => None,
-        };
-        all.iter().flat_map(|c| &c.flags).all(|&(at, bytes, _)| {
-            let bytes = usize::from(bytes);
-            let (mut expected, mut now) = ([0; 8], [0; 8]);
-            self.model.ram.load(at, &mut expected[..bytes]);
-            if let Some(flag) = candidate.flags.iter().rev().find(|flag| flag.0 == at) {
-                expected = flag.2.to_le_bytes();
-            }
-            // What is stored comes last, and may lie across the entry.
-            for (i, byte) in expected[..bytes].iter_mut().enumerate() {
-                let offset = stored.and_then(|gpa| (at + i as u64).checked_sub(gpa));
-                if let Some(new) = offset.and_then(|offset| data.get(offset as usize)) {
-                    *byte = *new;
-                }
-            }
-            let read = self.machine.memory().read(Gpa(at), &mut now[..bytes]);
-            read.is_err() || now[..bytes] == expected[..bytes]
-        })
-    }
-
-    fn write(&mut self, gpa: u64, data: &[u8], by: Writer, tally: &mut Tally) -> Result<(), Wrong> {
-        let write = Access { kind: AccessKind::Write, privilege: Privilege::Supervisor, ac: true };
-        let alias = match by {
-            Writer::Alias => self.model.alias_of(gpa, &addresses(self.model.state.mode())),
-            _ => None,
-        };
-        match (by, alias) {
-            (Writer::Device, _) => {
-                if self.model.ram.behind(gpa) != Behind::Device {
-                    self.device_store(gpa, data)?;
-                }
-            }
-            (_, Some(gva)) => self.access(0, gva, &write, data, tally)?,
-            _ => self.access(1, gpa, &write, data, tally)?,
-        }
-        if self.discipline == Discipline::Flushing {
-            self.flush_all()?;
-        }
-        Ok(())
-    }
-
-    pub fn device_store(&mut self, gpa: u64, data: &[u8]) -> Result<(), Wrong> {
-        self.model.host_store(gpa, data);
-        self.model.written.insert(gpa >> 12);
-        Ok(self.machine.dma(Gpa(gpa), data)?)
-    }
-
-    /// The guest flushes everything.
-    fn flush_all(&mut self) -> Result<(), Wrong> {
-        let all = mmu::InvpcidKind::AllIncludingGlobal;
-        self.model.invpcid(all, 0, 0);
-        Ok(self.machine.invpcid(all, 0, Gva(0))?)
-    }
-
-    /// A large page is broken up into the small ones of a table, or the other way round.
-    fn reshape(
-        &mut self,
-        table: u8,
-        index: u8,
-        below: u8,
-        large: bool,
-        tally: &mut Tally,
-    ) -> Result<(), Wrong> {
-        let (gpa, size) = self.entry(table, index);
-        let below_gpa = (TABLES.start + u64::from(below)) << 12;
-        let rights = 0x67;
-        if large {
-            self.write(gpa, &(rights | 0x80u64).to_le_bytes()[..size as usize], Writer::Cpu, tally)
-        } else {
-            for i in 0..4 {
-                let (offset, size) = entry_of(self.model.state.mode(), i);
-                let page = offset / size;
-                self.write(
-                    below_gpa | offset,
-                    &(page << 12 | rights).to_le_bytes()[..size as usize],
-                    Writer::Cpu,
-                    tally,
-                )?;
-            }
-            self.write(gpa, &(below_gpa | rights).to_le_bytes()[..size as usize], Writer::Cpu, tally)
-        }
-    }
-
-    fn replace(&mut self, gfn: u64, by: Replacement) -> Result<(), Wrong> {
-        let slot = |frame| match by {
-            Replacement::Copy | Replacement::Fresh => Slot::Ram(frame),
-            Replacement::ReadOnly => Slot::Rom(frame),
-            Replacement::Device => Slot::Mmio,
-            Replacement::Unbacked => Slot::Unbacked,
-        };
-        let copy = matches!(by, Replacement::Copy | Replacement::ReadOnly);
-        let was_device = self.model.ram.behind(gfn << 12) == Behind::Device;
-        if !self.machine.replace(Gfn(gfn), slot, copy)? {
-            return Ok(());
-        }
-        let behind = match by {
-            Replacement::ReadOnly => Behind::Rom,
-            Replacement::Device => Behind::Device,
-            _ => Behind::Ram,
-        };
-        self.model.replace(gfn, behind, !copy || was_device);
-        Ok(())
-    }
-
-    fn log(&mut self, on: bool) -> Result<(), Wrong> {
-        if on && !self.logging {
-            self.model.written.clear();
-        }
-        self.logging = on;
-        self.machine.memory().dirty().set_active(on);
-        Ok(self.machine.memory_changed(0..self.machine.memory().end().0)?)
-    }
-
-    /// All that was written must be in the log; the engine may log more.
-    fn collect(&mut self) -> Result<(), Wrong> {
-        if !self.logging {
-            return Ok(());
-        }
-        let logged = self.machine.memory().dirty().collect();
-        let written = std::mem::take(&mut self.model.written);
-        let end = self.machine.memory().end().0;
-        if let Some(&gfn) = written.iter().find(|&&gfn| gfn < end && !logged.contains(&Gfn(gfn))) {
-            return Err(Wrong::Unlogged { gfn });
-        }
-        if let (Some(first), Some(last)) = (logged.first(), logged.last()) {
-            self.machine.memory_changed(first.0..last.0 + 1)?;
-        }
-        Ok(())
-    }
-
-    fn compare(&self, frames: impl Iterator<Item = u64>) -> Result<(), Wrong> {
-        // One buffer for all: a fresh one for each frame would cost as much as the comparison.
-        let mut bytes = [0; 4096];
-        frames.into_iter().try_for_each(|gfn| self.same_bytes(gfn, &mut bytes))
-    }
-
-    /// A frame holds the same bytes on both sides.
-    pub fn same_frame(&self, gfn: u64) -> Result<(), Wrong> {
-        self.same_bytes(gfn, &mut [0; 4096])
-    }
-
-    fn same_bytes(&self, gfn: u64, bytes: &mut [u8; 4096]) -> Result<(), Wrong> {
-        let memory = self.machine.memory();
-        let here = match memory.slot(Gfn(gfn)) {
-            Slot::Ram(frame) | Slot::Rom(frame) => {
-                memory.host().read(frame.base(), bytes).then_some(&bytes[..])
-            }
-            Slot::Unbacked => Some(&[0; 4096][..]),
-            Slot::Mmio => None,
-        };
-        let there = self.model.ram.frame(gfn);
-        if here == there {
-            return Ok(());
-        }
-        let at = match (here, there) {
-            (Some(here), Some(there)) => (0..4096).find(|&i| here[i] != there[i]).unwrap_or(0),
-            _ => 0,
-        };
-        let (got, expected) = (here.map(|b| b[at]), there.map(|b| b[at]));
-        Err(Wrong::Memory { gpa: gfn << 12 | at as u64, got, expected })
     }
 }

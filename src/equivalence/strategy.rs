@@ -52,7 +52,7 @@ fn entry() -> impl Strategy<Value = u64> {
     let small = prop_oneof![
         28 => TABLES.prop_map(|f| f << 12),
         6 => DATA.prop_map(|f| f << 12),
-        2 => prop::sample::select(vec![DEVICE_BASE, ROM_BASE, 13 * MIB, 1 << 40, 0xffff_f000]),
+        2 => prop::sample::select(vec![DEVICE_BASE, ROM_BASE, 13 * MIB, 1 << 40, 1 << 48, 0xffff_f000]),
     ];
     let large = prop::sample::select(vec![0, 2 * MIB, 4 * MIB, 8 * MIB, 1 << 30]);
     let target = prop_oneof![5 => small, 1 => large.prop_map(|base| base | PS)];
@@ -83,7 +83,7 @@ fn entry() -> impl Strategy<Value = u64> {
         1 << 12,
     ]);
     let base = prop_oneof![
-        20 => Just(P | W | U), 12 => Just(P | W | U | A | D), 2 => Just(P | U), 2 => Just(P | W), 1 => Just(P),
+        20 => Just(P | W | U), 12 => Just(P | W | U | A | D), 2 => Just(P | U), 2 => Just(P | U | A | D), 2 => Just(P | W), 1 => Just(P),
         1 => Just(0)
     ];
     let flags =
@@ -150,6 +150,8 @@ fn event() -> impl Strategy<Value = Event> {
         Control::Pse,
         Control::Pcide,
         Control::Nxe,
+        Control::GibPages,
+        Control::Width,
     ]);
     let replacement = prop::sample::select(vec![
         Replacement::Copy,
@@ -158,6 +160,9 @@ fn event() -> impl Strategy<Value = Event> {
         Replacement::ReadOnly,
         Replacement::Device,
         Replacement::Unbacked,
+        Replacement::Frozen,
+        Replacement::Frozen,
+        Replacement::Thawed,
     ]);
     let frame = prop_oneof![
         4 => TABLES.prop_map(|f| f as u16), 3 => DATA.prop_map(|f| f as u16), 1 => 0x600u16..0x603, 1 => 0x700u16..0x703
@@ -179,16 +184,20 @@ fn event() -> impl Strategy<Value = Event> {
             .prop_map(|(address, aim, step, flip, raw, by)| Event::Edit { address, aim, step, flip, raw, by }),
         3 => (table(), index(), table(), any::<bool>())
             .prop_map(|(table, index, below, large)| Event::Reshape { table, index, below, large }),
+        6 => ((table(), index()), (table(), index()), flip(), writer())
+            .prop_map(|(from, to, flip, by)| Event::Twin { from, to, flip, by }),
+        1 => (table(), index(), entry(), 8u8..40, writer())
+            .prop_map(|(table, index, raw, times, by)| Event::Storm { table, index, raw, times, by }),
         7 => (cr3, low, any::<bool>()).prop_map(|(table, low, keep)| Event::LoadCr3 { table, low, keep }),
         2 => setup().prop_map(Event::Mode),
-        4 => control.prop_map(Event::Control),
+        6 => control.prop_map(Event::Control),
         1 => pkru().prop_map(Event::Pkru),
         5 => (any::<u16>(), aim(), 0u16..4096).prop_map(|(address, aim, offset)| Event::Invlpg { address, aim, offset }),
         3 => (invpcid, 0u16..3, any::<u16>(), aim())
             .prop_map(|(kind, pcid, address, aim)| Event::Invpcid { kind, pcid, address, aim }),
-        4 => (frame, replacement).prop_map(|(gfn, by)| Event::Replace { gfn, by }),
-        1 => Just(Event::StartLog),
-        2 => Just(Event::Collect),
+        5 => (frame, replacement).prop_map(|(gfn, by)| Event::Replace { gfn, by }),
+        2 => Just(Event::StartLog),
+        3 => Just(Event::Collect),
         1 => Just(Event::StopLog),
         1 => Just(Event::Drift),
     ]

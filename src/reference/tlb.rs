@@ -71,6 +71,11 @@ impl Tlb {
         self.held.iter().filter(move |held| held.serves(cpu, linear))
     }
 
+    /// All of them.
+    pub fn held(&self) -> &[Cached] {
+        &self.held
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         self.held.len()

@@ -16,7 +16,14 @@ fn every_seeded_fault_is_caught() {
         let ms = start.elapsed().as_millis();
         total += ms;
         match caught {
-            Some(found) => println!("{} {}: life {} ({} events, {ms} ms): {}", fault.kind().name(), fault.name(), found.number, tally.events, found.failure.chars().take(170).collect::<String>()),
+            Some(found) => println!(
+                "{} {}: life {} ({} events, {ms} ms): {}",
+                fault.kind().name(),
+                fault.name(),
+                found.number,
+                tally.events,
+                found.failure.chars().take(170).collect::<String>()
+            ),
             None => println!("MISSED {} {} ({ms} ms)", fault.kind().name(), fault.name()),
         }
     }
