@@ -5,7 +5,7 @@ mod guest;
 use ept::Options;
 use guest::{Guest, MIB, pc};
 use guestmem::{Gpa, Gva, Policy, Slot};
-use mmu::nested::{NestedFault, NestedMemory, NestedTranslation, walk_nested};
+use mmu::nested::{Absent, NestedFault, NestedMemory, NestedTranslation, walk_nested};
 use mmu::paging::bits::{CR0_PE, CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_LME};
 use mmu::{
     Access, AccessKind, Counter, CpuId, Fault, FaultKind, MmuBackend, PagingState, Privilege, Resolution,
@@ -68,7 +68,7 @@ fn translate(
             if qualification.contains(mmu::EptQualification::LINEAR_FINAL) {
                 return (Err(None), exits);
             }
-            absent.push(at.page_base());
+            absent.push(Absent::new(at, qualification));
         }
     }
 }
@@ -163,4 +163,24 @@ fn a_pool_that_just_holds_one_translation_gets_it_through() {
         g.audit();
     }
     assert!(g.mmu.tables_reclaimed() > 0);
+}
+
+/// A table in ROM is asked for its flag in vain, and then its entry is reclaimed for the next table on the way: it must
+/// be read as it is all the same, and not as if nothing were there.
+#[test]
+fn a_table_in_rom_that_was_reclaimed_is_read_again() {
+    // Root, level 3, level 2 and three of level 1: as many as the translation needs, and taken by others at first. That of
+    // the ROM is the oldest.
+    let options = Options { max_tables: Some(6), large_2m: false, large_1g: false, ..Options::default() };
+    let mut g = Guest::new(&pc(Policy::Linear, 64), options);
+    for older in [0x6000, 6 * MIB, 8 * MIB] {
+        g.check(Gpa(older), AccessKind::Read);
+    }
+    put(&g, 0x1000, 0xf_0000 | W | P | A);
+    g.memory.write(Gpa(0xf_0000), &(2 * MIB | W | P).to_le_bytes()).unwrap();
+    put(&g, 2 * MIB, 4 * MIB | W | P | A);
+    put(&g, 4 * MIB, 0x5000 | W | P | A);
+    let (result, exits) = translate(&mut g, 0x1000, 0x10, AccessKind::Read);
+    assert_eq!(result.map(|t| t.gpa), Ok(Gpa(0x5010)), "{exits:?}");
+    assert_eq!(get(&g, 0xf_0000), 2 * MIB | W | P);
 }

@@ -2,8 +2,8 @@
 //! one-dimensional over shadow tables or two-dimensional through EPT (SDM Vol. 3 §4.10, §29.3). It knows nothing of the
 //! guest's physical map.
 
-use guestmem::{Gpa, GuestMemory, Gva, Hpa};
-use mmu::nested::{EptFault, NestedFault, NestedMemory, walk_nested};
+use guestmem::{GuestMemory, Gva, Hpa};
+use mmu::nested::{Absent, EptFault, NestedFault, NestedMemory, walk_nested};
 use mmu::walk::{HostTables, denial, walk_access};
 use mmu::{
     Access, AccessKind, Controls, PageFault, PagingState, Privilege, Rights, TableRoot, TlbFlush, Translation,
@@ -138,7 +138,7 @@ impl Hardware {
         state: &PagingState,
         gva: Gva,
         access: &Access,
-        absent: &[Gpa],
+        absent: &[Absent],
     ) -> Result<Hpa, Stop> {
         let controls = match root {
             TableRoot::Shadow { controls, .. } => *controls,
@@ -180,7 +180,7 @@ impl Hardware {
         state: &PagingState,
         gva: Gva,
         access: &Access,
-        absent: &[Gpa],
+        absent: &[Absent],
     ) -> Result<Entry, Stop> {
         let pcid = state.pcid();
         self.walks += 1;

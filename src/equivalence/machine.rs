@@ -6,7 +6,7 @@ use crate::hardware::{Hardware, Held, Stop};
 use crate::model::Outcome;
 use crate::plan::{Backend, Plan};
 use guestmem::{Backing, FrameMark, Gfn, Gpa, GuestMemory, Gva, Hpa, MemoryConfig, Policy, Slot};
-use mmu::nested::EptQualification;
+use mmu::nested::{Absent, EptQualification};
 use mmu::{
     Access, Controls, CpuId, Fault, FaultKind, InvpcidKind, MmuBackend, PagingState, Resolution, TableRoot,
     TlbFlush,
@@ -167,20 +167,21 @@ impl Machine {
                 }
                 Err(stop) => stop,
             };
-            let (kind, last) = match (stop, &root) {
+            let (kind, table) = match (stop, &root) {
                 (Stop::Page(fault), TableRoot::Nested { .. }) => {
                     return Ok(Outcome::Fault(fault.code.bits()));
                 }
-                (Stop::Page(fault), _) => (FaultKind::Page(fault.code), true),
+                (Stop::Page(fault), _) => (FaultKind::Page(fault.code), None),
                 (Stop::Ept(fault), _) => {
                     let (gpa, qualification) = (fault.gpa, fault.qualification);
                     let last = qualification.contains(EptQualification::LINEAR_FINAL);
+                    let table = (!last).then_some(qualification);
                     let kind = if fault.misconfigured {
                         FaultKind::EptMisconfig { gpa, qualification }
                     } else {
                         FaultKind::EptViolation { gpa, qualification }
                     };
-                    (kind, last)
+                    (kind, table)
                 }
             };
             let fault = Fault { gva, access: *access, kind };
@@ -197,14 +198,14 @@ impl Machine {
                     }
                     return Ok(Outcome::Fault(fault.code.bits()));
                 }
-                Resolution::Mmio(gpa) if last => {
+                Resolution::Mmio(gpa) if table.is_none() => {
                     self.answers[3] += 1;
                     return Ok(Outcome::Device(gpa.0));
                 }
-                // A guest table is in device space: it reads as all ones.
+                // A guest table is in device space, or its flags cannot be set.
                 Resolution::Mmio(gpa) => {
                     self.answers[3] += 1;
-                    absent.push(gpa.page_base());
+                    absent.extend(table.map(|qualification| Absent::new(gpa, qualification)));
                 }
                 Resolution::TableWrite(gpa) => {
                     self.answers[4] += 1;

@@ -80,6 +80,24 @@ pub fn walk_ept(
     }
 }
 
+/// A page of guest tables of which the backend has said that an access goes to no memory. Which access makes a
+/// difference: what was refused to a write may be read-only memory, and is read as it is even when EPT has lost its entry
+/// meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Absent {
+    /// The first address of the page.
+    pub page: Gpa,
+    /// Reads were refused, and not only writes.
+    pub reads: bool,
+}
+
+impl Absent {
+    /// What the answer to an exit at `gpa` says of the page.
+    pub fn new(gpa: Gpa, qualification: EptQualification) -> Self {
+        Self { page: gpa.page_base(), reads: !qualification.contains(EptQualification::WRITE) }
+    }
+}
+
 /// Guest tables seen through EPT; addresses are GPAs.
 #[derive(Debug)]
 pub struct NestedMemory<'a> {
@@ -87,16 +105,16 @@ pub struct NestedMemory<'a> {
     tables: HostTables<'a>,
     format: Ept,
     root: Hpa,
-    absent: &'a [Gpa],
+    absent: &'a [Absent],
     guest_references: u64,
 }
 
 impl<'a> NestedMemory<'a> {
-    /// Guest-physical memory behind the EPT table at `root`. `absent` names the pages (base addresses) of which the
-    /// backend has said that the faulting access goes to no memory: where EPT refuses a page named there, reads give all
-    /// ones and flags are lost. So tables in ROM are read as they are and lose only their flags.
+    /// Guest-physical memory behind the EPT table at `root`. `absent` names the pages of which the backend has said that
+    /// the faulting access goes to no memory: where EPT refuses a page named there, reads give all ones and flags are
+    /// lost. Tables in ROM are read as they are and lose only their flags.
     #[inline]
-    pub fn new(host: &'a HostMemory, format: Ept, root: Hpa, absent: &'a [Gpa]) -> Self {
+    pub fn new(host: &'a HostMemory, format: Ept, root: Hpa, absent: &'a [Absent]) -> Self {
         Self { host, tables: HostTables::new(host), format, root, absent, guest_references: 0 }
     }
 
@@ -113,8 +131,8 @@ impl<'a> NestedMemory<'a> {
     }
 
     #[inline]
-    fn is_absent(&self, gpa: Gpa) -> bool {
-        !self.absent.is_empty() && self.absent.contains(&gpa.page_base())
+    fn is_absent(&self, gpa: Gpa, write: bool) -> bool {
+        self.absent.iter().any(|absent| absent.page == gpa.page_base() && (absent.reads || write))
     }
 
     #[inline]
@@ -139,7 +157,7 @@ impl TableMemory for NestedMemory<'_> {
         self.guest_references += 1;
         let hpa = match self.entry(gpa, AccessKind::Read) {
             Ok(hpa) => hpa,
-            Err(_) if self.is_absent(gpa) => return Ok(all_ones(bytes)),
+            Err(_) if self.is_absent(gpa, false) => return Ok(all_ones(bytes)),
             Err(fault) => return Err(fault),
         };
         let raw = if bytes == 4 { self.host.read_u32(hpa).map(u64::from) } else { self.host.read_u64(hpa) };
@@ -150,7 +168,7 @@ impl TableMemory for NestedMemory<'_> {
         let gpa = Gpa(address);
         let hpa = match self.entry(gpa, AccessKind::Write) {
             Ok(hpa) => hpa,
-            Err(_) if self.is_absent(gpa) => return Ok(true),
+            Err(_) if self.is_absent(gpa, true) => return Ok(true),
             Err(fault) => return Err(fault),
         };
         let done = if bytes == 4 {

@@ -143,7 +143,7 @@ impl Core {
         let TableRoot::Nested { root, format } = self.root else { return Ok(new.pdptes) };
         let base = Gpa(new.cr3 & 0xffff_ffe0);
         let memory = std::sync::Arc::clone(&self.memory);
-        let absent = self.absent.contains(&base.page_base());
+        let absent = self.absent.iter().any(|absent| absent.page == base.page_base() && absent.reads);
         let mut pdptes = [u64::MAX; 4];
         if !absent {
             let mut nested = NestedMemory::new(memory.host(), format, root, &[]);

@@ -10,7 +10,7 @@ use crate::memory::Override;
 use crate::op::{REG_IP, Stop};
 use crate::tlb::{Tlb, TlbMode};
 use crate::width::REG_SLOTS;
-use guestmem::{Gpa, GuestMemory, Gva, Hpa};
+use guestmem::{GuestMemory, Gva, Hpa};
 use mmu::paging::bits as paging_bits;
 use mmu::{Counter, Counters, Intercepts, PagingState, TableRoot, TlbFlush};
 use std::sync::Arc;
@@ -164,7 +164,7 @@ pub struct Core {
     /// Translations that hold for the instruction under way only.
     pub overrides: Vec<Override>,
     /// Guest-physical pages that the nested walk is to find absent, for the instruction under way only.
-    pub absent: Vec<Gpa>,
+    pub absent: Vec<mmu::nested::Absent>,
     /// Stores done under [`Answer::TableWrite`].
     pub table_stores: Vec<TableStore>,
     /// A failure of the engine.

@@ -20,7 +20,7 @@ use crate::memory::{Override, OverrideTarget};
 use crate::model::CpuModel;
 use crate::op::{REG_IP, Stop};
 use guestmem::GuestMemory;
-use mmu::nested::EptQualification;
+use mmu::nested::{Absent, EptQualification};
 use mmu::{Counters, Fault, FaultKind, Intercepts, PagingState, TableRoot, TlbFlush};
 use std::sync::Arc;
 use vcpu::{Answer, ArchState, CachedTranslation, Entry, Exit, Vcpu, VcpuError};
@@ -359,21 +359,18 @@ fn within_limit(core: &mut Core, block: &crate::cache::Block, limit: usize, ip: 
 impl Core {
     /// Sends the faulting access to the devices, for the instruction under way.
     fn override_mmio(&mut self, fault: &Fault, gpa: guestmem::Gpa) {
-        let on_the_way = match fault.kind {
-            FaultKind::Page(_) => false,
-            FaultKind::EptViolation { qualification, .. } | FaultKind::EptMisconfig { qualification, .. } => {
-                !qualification.contains(EptQualification::LINEAR_FINAL)
+        match fault.kind {
+            FaultKind::EptViolation { qualification, .. } | FaultKind::EptMisconfig { qualification, .. }
+                if !qualification.contains(EptQualification::LINEAR_FINAL) =>
+            {
+                // A guest table lies where nothing is: the walk finds all ones there, or loses its flags.
+                self.absent.push(Absent::new(gpa, qualification));
             }
-        };
-        if on_the_way {
-            // A guest table lies where nothing is: the walk finds all ones there.
-            self.absent.push(gpa.page_base());
-        } else {
-            self.overrides.push(Override {
+            _ => self.overrides.push(Override {
                 page: fault.gva.page_base().0,
                 kind: fault.access.kind,
                 target: OverrideTarget::Mmio(gpa.page_base()),
-            });
+            }),
         }
         self.attention.insert(Attention::TRANSIENT);
     }

@@ -3,7 +3,7 @@
 use guestmem::{Gpa, Gva, HostMemory, Hpa, PageSize};
 use mmu::entry::Ept;
 use mmu::nested::{
-    EptFault, EptQualification as Q, NestedFault, NestedMemory, NestedTranslation, walk_nested,
+    Absent, EptFault, EptQualification as Q, NestedFault, NestedMemory, NestedTranslation, walk_nested,
 };
 use mmu::{Access, AccessKind, PagingState, Privilege};
 
@@ -56,7 +56,7 @@ impl Machine {
         state: &PagingState,
         gva: u64,
         kind: AccessKind,
-        absent: &[Gpa],
+        absent: &[Absent],
     ) -> (Result<NestedTranslation, NestedFault>, u64) {
         let mut memory = NestedMemory::new(&self.host, FORMAT, Hpa(0), absent);
         let access = Access::new(kind, Privilege::Supervisor);
@@ -73,6 +73,11 @@ impl Machine {
             other => panic!("{other:x?}"),
         }
     }
+}
+
+/// A page of tables where the backend has found no memory, or none that can be written.
+fn refused(page: u64, reads: bool) -> Absent {
+    Absent { page: Gpa(page), reads }
 }
 
 fn state(cr0: u64, cr4: u64, efer: u64, cr3: u64) -> PagingState {
@@ -249,21 +254,30 @@ fn absent_tables_read_all_ones_and_swallow_flags() {
     four_levels(&machine);
     for raw in [0, 0x3006] {
         machine.leaf(0x3000, raw);
-        let (result, _) =
-            machine.translate(&long_mode(), 0x123, AccessKind::Read, &[Gpa(0x9000), Gpa(0x3000)]);
+        let (result, _) = machine.translate(
+            &long_mode(),
+            0x123,
+            AccessKind::Read,
+            &[refused(0x9000, true), refused(0x3000, true)],
+        );
         assert!(matches!(result, Err(NestedFault::Guest(f)) if f.code.bits() == 0b1001), "{result:?}");
-        let other = machine.translate(&long_mode(), 0x123, AccessKind::Read, &[Gpa(0x4000)]).0;
+        let other = machine.translate(&long_mode(), 0x123, AccessKind::Read, &[refused(0x4000, true)]).0;
         assert!(matches!(other, Err(NestedFault::Ept(f)) if f.gpa == Gpa(0x3000)));
     }
     // Read-only memory (a ROM) is read as it is, and only loses the flag.
     machine.map(0x3000, R | X);
     machine.put(0x3000, 0x4007);
-    let (result, _) = machine.translate(&long_mode(), 0x123, AccessKind::Read, &[Gpa(0x3000)]);
+    let (result, _) = machine.translate(&long_mode(), 0x123, AccessKind::Read, &[refused(0x3000, false)]);
     assert_eq!((result.unwrap().gpa, machine.get(0x3000)), (Gpa(0x5123), 0x4007));
+    // So it is where EPT has lost its entry since: that is another exit, and not a table of ones.
+    machine.leaf(0x3000, 0);
+    let (result, _) = machine.translate(&long_mode(), 0x123, AccessKind::Read, &[refused(0x3000, false)]);
+    assert!(matches!(result, Err(NestedFault::Ept(f)) if f.gpa == Gpa(0x3000)), "{result:?}");
+    machine.map(0x3000, R | X);
     // The page itself is no table: being absent does not make it readable.
     machine.map(0x5000, 0);
     assert!(matches!(
-        machine.translate(&long_mode(), 0, AccessKind::Read, &[Gpa(0x5000)]).0,
+        machine.translate(&long_mode(), 0, AccessKind::Read, &[refused(0x5000, true)]).0,
         Err(NestedFault::Ept(_))
     ));
 }
