@@ -191,8 +191,6 @@ seeded! {
     "reclaim" {
         /// Reclaim takes tables of the fill in progress.
         ReclaimTakesThePath = "reclaim-takes-the-path",
-        /// Reclaim takes tables that lead to others.
-        ReclaimTakesTablesInUse = "reclaim-takes-tables-in-use",
         /// Reclaim leaves the entry that led to a table.
         LinkToReclaimedKept = "link-to-reclaimed-kept",
         /// Reclaim leaves tables that it has emptied.

@@ -235,11 +235,6 @@ impl Tables {
         freed
     }
 
-    /// Whether a table leads to no other.
-    fn is_last(&self, table: &Table) -> bool {
-        table.children == 0 || self.is_broken(Seeded::ReclaimTakesTablesInUse)
-    }
-
     /// Makes room: throws away the oldest tables that lead to no other, but for those in `keep` (the path of the fill
     /// under way). A sixteenth of the store goes at once, so that a guest larger than its tables pays for a flush of the
     /// whole TLB once in a while and not at every fill. False when there was nothing to throw away.
@@ -249,7 +244,7 @@ impl Tables {
     pub fn reclaim(&mut self, keep: &[Hfn]) -> bool {
         let want = (self.cap.min(self.memory.table_usage().1) / 16).max(1);
         let keep = if self.is_broken(Seeded::ReclaimTakesThePath) { &[] } else { keep };
-        let is_victim = |t: &Hfn| !keep.contains(t) && self.tables.get(t).is_some_and(|f| self.is_last(f));
+        let is_victim = |t: &Hfn| !keep.contains(t) && self.tables.get(t).is_some_and(|f| f.children == 0);
         let victims: Vec<Hfn> = self.by_age.values().copied().filter(is_victim).take(want).collect();
         let mut freed = 0;
         for victim in victims {

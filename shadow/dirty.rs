@@ -84,7 +84,12 @@ impl ShadowMmu {
         let Some(tracked) = self.tracker.get(gfn) else { return Ok(()) };
         let log_only = self.memory.dirty().is_active()
             && match self.memory.slot(gfn) {
-                Slot::Ram(frame) | Slot::Rom(frame) => tracked.frame == Some(frame),
+                Slot::Ram(frame) => {
+                    let kept = tracked.keeps_flags || self.is_broken(Seeded::ThawedTableKept);
+                    tracked.frame == Some(frame) && kept
+                }
+                // Entries of a table in read-only memory were made as if its flags were set.
+                Slot::Rom(frame) => tracked.frame == Some(frame) && !tracked.keeps_flags,
                 Slot::Mmio => tracked.frame.is_none(),
                 Slot::Unbacked => false,
             };
@@ -108,9 +113,10 @@ impl ShadowMmu {
             {
                 host.mark(frame, FrameMark::TABLE);
             }
-            if !self.is_broken(Seeded::MovedFrameNotNoted) {
-                self.tracker.set_frame(gfn, now);
-            }
+        }
+        if !self.is_broken(Seeded::MovedFrameNotNoted) {
+            let keeps_flags = !matches!(self.memory.slot(gfn), Slot::Rom(_));
+            self.tracker.moved(gfn, now, keeps_flags);
         }
         for id in pages {
             if !self.pages.is_live(id) || self.pages[id].gfn != gfn {

@@ -42,7 +42,8 @@ impl ShadowMmu {
             tracked.first = id;
             return;
         }
-        self.tracker.frames.insert(gfn.0, Tracked { first: id, frame });
+        let keeps_flags = !matches!(self.memory.slot(gfn), Slot::Rom(_));
+        self.tracker.frames.insert(gfn.0, Tracked { first: id, frame, keeps_flags });
         if !self.is_broken(Seeded::BlockNotCounted) {
             self.tracker.count(gfn, true);
         }

@@ -365,6 +365,8 @@ seeded! {
         MovedTableKept = "moved-table-kept",
         /// The entries of a CPU's root stay when other memory comes behind it.
         MovedRootKept = "moved-root-kept",
+        /// The shadow pages of a read-only table stay when it becomes writable while the dirty log is on.
+        ThawedTableKept = "thawed-table-kept",
         /// The new host frame of a table is not marked.
         MarkNotMoved = "mark-not-moved",
         /// The new host frame of a table is not noted.

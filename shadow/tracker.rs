@@ -16,6 +16,8 @@ pub(crate) struct Tracked {
     pub first: PageId,
     /// The host frame that is marked; `None` where no memory is.
     pub frame: Option<Hfn>,
+    /// Flags stored in the table stay there: it is no read-only memory.
+    pub keeps_flags: bool,
 }
 
 /// Which frames are tracked, and which were handed out for writing.
@@ -132,10 +134,10 @@ impl Tracker {
         (&self.in_2m, &self.in_1g)
     }
 
-    /// Replaces the host frame that is marked.
-    pub fn set_frame(&mut self, gfn: Gfn, frame: Option<Hfn>) {
+    /// What stands behind a tracked frame is another thing now.
+    pub fn moved(&mut self, gfn: Gfn, frame: Option<Hfn>, keeps_flags: bool) {
         if let Some(tracked) = self.frames.get_mut(&gfn.0) {
-            tracked.frame = frame;
+            (tracked.frame, tracked.keeps_flags) = (frame, keeps_flags);
         }
     }
 }

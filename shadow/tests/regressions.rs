@@ -627,6 +627,31 @@ fn tables_in_read_only_memory_lose_their_flags() {
     assert_eq!(m.access(Gva(0x20_3000), write(User)), Outcome::Memory(Gpa(0x30_0000)));
 }
 
+/// A table in read-only memory loses its flags, and its entries are filled as if they were set. When it becomes writable,
+/// in the same frame and while the dirty log is on, they have to be set after all.
+#[test]
+fn flags_are_set_when_a_read_only_table_becomes_writable() {
+    let mut m = running(Policy::Linear, Options::default());
+    let memory = |m: &Machine| [m.memory.slot(Gfn(0x13)), m.model.slot(Gfn(0x13))];
+    let change = |m: &mut Machine, to: fn(guestmem::Hfn) -> Slot| {
+        for (slot, of) in memory(m).into_iter().zip([&*m.memory, &m.model]) {
+            let (Slot::Ram(frame) | Slot::Rom(frame)) = slot else { panic!("{slot:?}") };
+            of.set_slot(Gfn(0x13), to(frame));
+        }
+        m.memory_changed(Gfn(0x13)..Gfn(0x14));
+    };
+    m.entry(0x13000, 0, 0x20_0000 | RW);
+    change(&mut m, Slot::Rom);
+    m.memory.dirty().set_active(true);
+    m.model.dirty().set_active(true);
+    m.memory_changed(Gfn(0)..m.memory.end());
+    assert_eq!(m.access(Gva(0), write(User)), Outcome::Memory(Gpa(0x20_0000)));
+    change(&mut m, Slot::Ram);
+    m.audit();
+    assert_eq!(m.access(Gva(0), write(User)), Outcome::Memory(Gpa(0x20_0000)));
+    m.compare(0x10..0x14);
+}
+
 /// One frame read as a table of 4-byte and of 8-byte entries: a flag that one walk sets is an address bit to the other.
 #[test]
 fn flags_of_one_format_are_address_bits_of_another() {

@@ -134,6 +134,22 @@ pub enum Event {
         /// Where in the page.
         offset: u16,
     },
+    /// An entry that an address is translated by changes, and then INVLPG is executed for a place in the same page, as
+    /// kernels do it.
+    Unmap {
+        /// Which of the addresses that `aim` takes.
+        address: u16,
+        /// Which addresses are taken.
+        aim: Aim,
+        /// Which of the entries on the way, from the top.
+        step: u8,
+        /// Bits that change; all of them and more are replaced by `raw` if this is 0.
+        flip: u64,
+        /// The new entry.
+        raw: u64,
+        /// Where in the page INVLPG is executed, in pages of 4 KiB.
+        piece: u16,
+    },
     /// INVPCID.
     Invpcid {
         /// Its type.
@@ -149,6 +165,8 @@ pub enum Event {
     Replace {
         /// The frame.
         gfn: u16,
+        /// The frame that was changed last instead.
+        again: bool,
         /// What comes there.
         by: Replacement,
     },
@@ -172,6 +190,7 @@ impl Event {
                 | Event::Control(_)
                 | Event::Pkru(_)
                 | Event::Invlpg { .. }
+                | Event::Unmap { .. }
                 | Event::Invpcid { .. }
                 | Event::Replace { .. }
                 | Event::StartLog
@@ -196,6 +215,7 @@ impl Event {
             Event::Control(_) => "control bit changed",
             Event::Pkru(_) => "PKRU written",
             Event::Invlpg { .. } => "INVLPG",
+            Event::Unmap { .. } => "entry in use changed, INVLPG",
             Event::Invpcid { .. } => "INVPCID",
             Event::Replace { .. } => "guest-physical map changed",
             Event::StartLog => "dirty log started",
@@ -268,6 +288,8 @@ pub enum Control {
     Pcide,
     /// EFER.NXE.
     Nxe,
+    /// CR0.PG.
+    Pg,
     /// Pages of 1 GiB: another CPU model takes over.
     GibPages,
     /// The width of physical addresses: another CPU model takes over.
@@ -336,7 +358,13 @@ pub fn toggled(state: &PagingState, control: Control) -> PagingState {
                 _ => 46,
             }
         }
-        Control::Pke | Control::Pcide => {}
+        // CR4.PCIDE has to be clear before paging goes off (SDM Vol. 3 §4.10.1); EFER.LMA follows (§2.2.1).
+        Control::Pg if state.cr4 & CR4_PCIDE == 0 => {
+            new.cr0 ^= CR0_PG;
+            let long = new.cr0 & CR0_PG != 0 && new.efer & EFER_LME != 0;
+            new.efer = new.efer & !EFER_LMA | if long { EFER_LMA } else { 0 };
+        }
+        Control::Pke | Control::Pcide | Control::Pg => {}
     }
     new
 }

@@ -162,6 +162,11 @@ impl Model {
         self.addresses.iter().copied().filter(may).collect()
     }
 
+    /// The size of the page that an address lies in now, 4 KiB where there is none.
+    pub fn page_of(&self, gva: u64) -> u64 {
+        visit(&self.cpu(), &self.ram, gva).end.map_or(4096, |leaf| leaf.page_size)
+    }
+
     /// The entry that is read as step number `step` of the translation of an address: its place, size and value.
     pub fn entry_on_the_way(&self, gva: u64, step: u8) -> Option<(u64, u8, u64)> {
         let visit = visit(&self.cpu(), &self.ram, gva);

@@ -1,7 +1,7 @@
 //! One life of a machine beside the model: every event happens to both, every access must end in a way that the
 //! architecture permits, memory must hold the same bytes, and the audit must pass.
 
-use crate::event::{Aim, Event, Setup, toggled};
+use crate::event::{Aim, Event, Setup, Writer, toggled};
 use crate::layout::{DATA, PDPTES, TABLES, addresses, entry_of};
 use crate::machine::{Broken, Machine};
 use crate::model::{Candidate, Model, Outcome};
@@ -159,6 +159,8 @@ pub(crate) struct Run {
     pub logging: bool,
     /// The address that an event concerned last.
     last: u64,
+    /// The frame that the host changed last.
+    changed: u64,
 }
 
 impl Run {
@@ -172,7 +174,7 @@ impl Run {
             Slot::Mmio => Behind::Device,
         });
         let model = Model::new(FlatRam::new(behind.collect()), discipline != Discipline::NoTlb);
-        Ok(Self { machine, model, discipline, logging: false, last: 0 })
+        Ok(Self { machine, model, discipline, logging: false, last: 0, changed: TABLES.start })
     }
 
     fn begin(plan: &Plan, life: &Life) -> Result<Self, Wrong> {
@@ -295,12 +297,26 @@ impl Run {
                 self.model.invlpg(gva);
                 Ok(self.machine.invlpg(Gva(gva))?)
             }
+            Event::Unmap { address, aim, step, flip, raw, piece } => {
+                let gva = self.address(address, aim);
+                let page = self.model.page_of(gva);
+                let Some((gpa, size, old)) = self.model.entry_on_the_way(gva, step) else { return Ok(()) };
+                let new = if flip == 0 { raw } else { old ^ flip };
+                self.write(gpa, &new.to_le_bytes()[..usize::from(size)], Writer::Cpu, tally)?;
+                let place = gva & !(page - 1) | u64::from(piece) << 12 & (page - 1);
+                self.model.invlpg(place);
+                Ok(self.machine.invlpg(Gva(place))?)
+            }
             Event::Invpcid { kind, pcid, address, aim } => {
                 let gva = self.address(address, aim);
                 self.model.invpcid(kind, pcid, gva);
                 Ok(self.machine.invpcid(kind, pcid, Gva(gva))?)
             }
-            Event::Replace { gfn, by } => self.replace(u64::from(gfn), by),
+            Event::Replace { gfn, again, by } => {
+                let gfn = if again { self.changed } else { u64::from(gfn) };
+                self.changed = gfn;
+                self.replace(gfn, by)
+            }
             Event::StartLog => self.log(true),
             Event::StopLog => self.log(false),
             Event::Collect => self.collect(),

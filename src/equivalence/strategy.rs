@@ -33,8 +33,8 @@ fn setup() -> impl Strategy<Value = Setup> {
         6 => Just(PagingMode::Level4),
         3 => Just(PagingMode::Level5),
     ];
-    // SMEP, SMAP and PKE refuse much; each is on in one of four.
-    let controls = (any::<u8>(), any::<u8>()).prop_map(|(a, b)| a & (b | 0b1111_0001));
+    // SMEP and SMAP refuse much; each is on in one of four.
+    let controls = (any::<u8>(), any::<u8>()).prop_map(|(a, b)| a & (b | 0b1111_1001));
     (mode, controls, any::<bool>(), pkru()).prop_map(|(mode, controls, gib_pages, pkru)| Setup {
         mode,
         controls,
@@ -150,6 +150,7 @@ fn event() -> impl Strategy<Value = Event> {
         Control::Pse,
         Control::Pcide,
         Control::Nxe,
+        Control::Pg,
         Control::GibPages,
         Control::Width,
     ]);
@@ -193,9 +194,11 @@ fn event() -> impl Strategy<Value = Event> {
         6 => control.prop_map(Event::Control),
         1 => pkru().prop_map(Event::Pkru),
         5 => (any::<u16>(), aim(), 0u16..4096).prop_map(|(address, aim, offset)| Event::Invlpg { address, aim, offset }),
-        3 => (invpcid, 0u16..3, any::<u16>(), aim())
+        7 => (any::<u16>(), aim(), 0u8..5, flip(), entry(), any::<u16>())
+            .prop_map(|(address, aim, step, flip, raw, piece)| Event::Unmap { address, aim, step, flip, raw, piece }),
+        5 => (invpcid, 0u16..3, any::<u16>(), aim())
             .prop_map(|(kind, pcid, address, aim)| Event::Invpcid { kind, pcid, address, aim }),
-        5 => (frame, replacement).prop_map(|(gfn, by)| Event::Replace { gfn, by }),
+        5 => (frame, any::<bool>(), replacement).prop_map(|(gfn, again, by)| Event::Replace { gfn, again, by }),
         2 => Just(Event::StartLog),
         3 => Just(Event::Collect),
         1 => Just(Event::StopLog),
