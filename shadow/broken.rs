@@ -3,6 +3,7 @@
 //! Each function stands in the path of something and gives back what it was given, unless a rule of that place is broken
 //! on purpose; without the feature `seeded-faults` that is all it does, and the compiler leaves nothing of it.
 
+use crate::fill::LeafFrame;
 use crate::pages::PageId;
 use crate::rights::Filler;
 use crate::role::{Leaf, Role, Target};
@@ -105,6 +106,17 @@ impl ShadowMmu {
         match self.memory.slot(gfn) {
             Slot::Ram(first) if self.is_broken(Seeded::LargeWhereScattered) => Some(first),
             _ => frame,
+        }
+    }
+
+    /// The memory of a device page.
+    #[inline(always)]
+    pub(crate) fn seeded_device(&self) -> Option<LeafFrame> {
+        match self.memory.slot(Gfn(0)) {
+            Slot::Ram(frame) if self.is_broken(Seeded::DeviceMapped) => {
+                Some(LeafFrame { frame, writable: false })
+            }
+            _ => None,
         }
     }
 

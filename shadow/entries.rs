@@ -32,6 +32,9 @@ impl ShadowMmu {
             return Err(MemoryError::OutOfTableFrames { capacity: MAX_PAGES }.into());
         }
         let id = self.pages.insert(frame, gfn, role);
+        if self.is_broken(Seeded::FrameFreedEarly) {
+            self.memory.free_table(frame);
+        }
         self.counters.count(Counter::ShadowPagesCreated);
         self.counters.raise(Counter::TableFramesPeak, self.pages.live() as u64);
         match role.kind {
@@ -71,6 +74,9 @@ impl ShadowMmu {
         self.pages.slot_mut(at).set(gfn, halves);
         if !self.is_broken(Seeded::PresentNotNoted) {
             self.pages[at.page()].set_present(at.index(), true);
+        }
+        if self.is_broken(Seeded::EntriesNotCounted) {
+            self.pages[at.page()].count -= 1;
         }
         write(self.memory.host(), at, raw);
     }

@@ -205,7 +205,7 @@ impl ShadowMmu {
                 Backing::Memory { frame, writable } => {
                     Some(LeafFrame { frame, writable: writable || self.is_broken(Seeded::RomWritable) })
                 }
-                Backing::Mmio => None,
+                Backing::Mmio => self.seeded_device(),
             }));
         }
         let old = self.entry(at);
@@ -341,9 +341,9 @@ impl ShadowMmu {
 
 /// Memory that a leaf maps.
 #[derive(Clone, Copy)]
-struct LeafFrame {
-    frame: Hfn,
-    writable: bool,
+pub(crate) struct LeafFrame {
+    pub frame: Hfn,
+    pub writable: bool,
 }
 
 fn broken(rule: &'static str, gva: Gva) -> MmuError {

@@ -43,7 +43,8 @@ impl ShadowMmu {
             return;
         }
         let keeps_flags = !matches!(self.memory.slot(gfn), Slot::Rom(_));
-        self.tracker.frames.insert(gfn.0, Tracked { first: id, frame, keeps_flags });
+        let noted = frame.filter(|_| !self.is_broken(Seeded::TableFrameNotNoted));
+        self.tracker.frames.insert(gfn.0, Tracked { first: id, frame: noted, keeps_flags });
         if !self.is_broken(Seeded::BlockNotCounted) {
             self.tracker.count(gfn, true);
         }
@@ -194,6 +195,7 @@ impl ShadowMmu {
             (spte::Kind::Link, _) if self.is_broken(Seeded::LinksNotRevalidated) => {}
             (spte::Kind::Leaf, _) if role.level == 1 && self.is_broken(Seeded::LeavesNotRevalidated) => {}
             (spte::Kind::Leaf, _) if role.level > 1 && self.is_broken(Seeded::LargeLeavesNotRevalidated) => {}
+            (spte::Kind::Leaf, Target::Nothing) if self.is_broken(Seeded::ClearedPresentFlagMissed) => {}
             (spte::Kind::Marker, _) if self.is_broken(Seeded::MarkersNotRevalidated) => {}
             (spte::Kind::Link, _) if self.link_still_holds(at, old, raw, &target) => {}
             (_, Target::Leaf(leaf)) if role.level == 1 && raw & A != 0 => {

@@ -65,6 +65,8 @@ seeded! {
         MarkStays = "mark-stays",
         /// A new shadow page does not begin to track its frame.
         PageNotTracked = "page-not-tracked",
+        /// The host frame of a table is not noted.
+        TableFrameNotNoted = "table-frame-not-noted",
         /// The second shadow page of a frame is not entered in the frame's list.
         SecondPageForgotten = "second-page-forgotten",
         /// Tracking ends with the newest shadow page of a frame instead of the last.
@@ -109,6 +111,8 @@ seeded! {
         LinkRoleNotCompared = "link-role-not-compared",
         /// A link stays although the guest's has other rights.
         LinkRightsNotCompared = "link-rights-not-compared",
+        /// A leaf stays although the guest's is not present any more, but accessed still.
+        ClearedPresentFlagMissed = "cleared-present-flag-missed",
         /// An entry stays although the guest cleared its accessed flag.
         ClearedAccessedFlagMissed = "cleared-accessed-flag-missed",
         /// An updated leaf permits writes to read-only memory.
@@ -203,6 +207,8 @@ seeded! {
         TurnedPageExecutable = "turned-page-executable",
     }
     "device markers" {
+        /// A device page is mapped to the first frame of memory.
+        DeviceMapped = "device-mapped",
         /// A marker is written over a leaf, which stays in the list of its frame.
         MarkerOverLeaf = "marker-over-leaf",
         /// A marker names the frame beside its own.
@@ -317,6 +323,8 @@ seeded! {
         ParentForgotten = "parent-forgotten",
         /// Entries that are made are not noted as present.
         PresentNotNoted = "present-not-noted",
+        /// Entries that are made are not counted.
+        EntriesNotCounted = "entries-not-counted",
         /// Entries that go stay noted as present.
         PresentStaysNoted = "present-stays-noted",
         /// A page that nothing leads to any more stays.
@@ -329,6 +337,8 @@ seeded! {
         ZappedStaysInLine = "zapped-stays-in-line",
         /// A page that goes is still found by frame and role.
         ZappedStaysNamed = "zapped-stays-named",
+        /// The host frame of a new page is given back at once.
+        FrameFreedEarly = "frame-freed-early",
         /// The host frame of a page that goes is not given back.
         FrameLeaked = "frame-leaked",
     }

@@ -177,10 +177,10 @@ fn a_table_in_rom_that_was_reclaimed_is_read_again() {
         g.check(Gpa(older), AccessKind::Read);
     }
     put(&g, 0x1000, 0xf_0000 | W | P | A);
-    g.memory.write(Gpa(0xf_0000), &(2 * MIB | W | P).to_le_bytes()).unwrap();
-    put(&g, 2 * MIB, 4 * MIB | W | P | A);
+    g.memory.write(Gpa(0xf_0000), &((2 * MIB) | W | P).to_le_bytes()).unwrap();
+    put(&g, 2 * MIB, (4 * MIB) | W | P | A);
     put(&g, 4 * MIB, 0x5000 | W | P | A);
     let (result, exits) = translate(&mut g, 0x1000, 0x10, AccessKind::Read);
     assert_eq!(result.map(|t| t.gpa), Ok(Gpa(0x5010)), "{exits:?}");
-    assert_eq!(get(&g, 0xf_0000), 2 * MIB | W | P);
+    assert_eq!(get(&g, 0xf_0000), (2 * MIB) | W | P);
 }
