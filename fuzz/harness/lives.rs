@@ -115,6 +115,8 @@ fn replacement(take: &mut Take<'_>) -> Replacement {
         Replacement::ReadOnly,
         Replacement::Device,
         Replacement::Unbacked,
+        Replacement::Frozen,
+        Replacement::Thawed,
     ])
 }
 
@@ -159,9 +161,22 @@ fn event(take: &mut Take<'_>) -> Event {
             raw: entry(take),
             by: writer(take),
         },
-        180..=184 => {
+        180..=182 => {
             Event::Reshape { table: table(take), index: index(take), below: table(take), large: take.flag() }
         }
+        183 => Event::Twin {
+            from: (table(take), index(take)),
+            to: (table(take), index(take)),
+            flip: flip(take),
+            by: writer(take),
+        },
+        184 => Event::Storm {
+            table: table(take),
+            index: index(take),
+            raw: entry(take),
+            times: 8 + take.u8() % 32,
+            by: writer(take),
+        },
         185..=199 => Event::LoadCr3 { table: take.u8() % 18, low: take.u16() & 0xfff, keep: take.flag() },
         200..=204 => Event::Mode(setup(take)),
         205..=213 => Event::Control(take.pick([
@@ -173,9 +188,20 @@ fn event(take: &mut Take<'_>) -> Event {
             Control::Pse,
             Control::Pcide,
             Control::Nxe,
+            Control::Pg,
+            Control::GibPages,
+            Control::Width,
         ])),
         214..=216 => Event::Pkru(pkru(take)),
-        217..=226 => Event::Invlpg { address: take.u16(), aim: aim(take), offset: take.u16() & 0xfff },
+        217..=222 => Event::Invlpg { address: take.u16(), aim: aim(take), offset: take.u16() & 0xfff },
+        223..=226 => Event::Unmap {
+            address: take.u16(),
+            aim: aim(take),
+            step: take.u8() % 5,
+            flip: flip(take),
+            raw: entry(take),
+            piece: take.u16(),
+        },
         227..=232 => Event::Invpcid {
             kind: take.pick([
                 InvpcidKind::Address,
@@ -187,7 +213,7 @@ fn event(take: &mut Take<'_>) -> Event {
             address: take.u16(),
             aim: aim(take),
         },
-        233..=243 => Event::Replace { gfn: frame(take), by: replacement(take) },
+        233..=243 => Event::Replace { gfn: frame(take), again: take.flag(), by: replacement(take) },
         244..=246 => Event::StartLog,
         247..=250 => Event::Collect,
         251..=252 => Event::StopLog,

@@ -10,7 +10,7 @@ use crate::{Reached, Target};
 use guestmem::{Gpa, Gva, HostMemory, Hpa};
 use mmu::entry::Ept;
 use mmu::nested::{
-    EptFault, EptQualification as Q, NestedFault, NestedMemory, NestedTranslation, walk_nested,
+    Absent, EptFault, EptQualification as Q, NestedFault, NestedMemory, NestedTranslation, walk_nested,
 };
 use mmu::{Access, AccessKind};
 use reference::{Cpu, Outcome, Ram, visit};
@@ -40,7 +40,7 @@ const MOST_REFERENCES: u64 = 6 * 4 + 5 + 5 * 4;
 struct Machine {
     host: HostMemory,
     format: Ept,
-    absent: Vec<Gpa>,
+    absent: Vec<Absent>,
 }
 
 type Answer = Result<NestedTranslation, NestedFault>;
@@ -105,6 +105,11 @@ impl Machine {
         (answer, memory.references())
     }
 
+    /// Whether a table there is said to be no memory, for reads too.
+    fn reads_absent(&self, gpa: Gpa) -> bool {
+        self.absent.iter().any(|absent| absent.reads && absent.page == gpa.page_base())
+    }
+
     /// What the manual makes of a guest-physical address.
     fn physical(&self, gpa: u64, kind: AccessKind) -> Result<u64, Refusal> {
         translate(|at| self.read(at), 0, gpa, self.format.phys_bits.into(), kind)
@@ -121,7 +126,7 @@ impl Ram for Through<'_> {
     fn entry(&self, address: u64, bytes: u8) -> u64 {
         let read = match self.machine.physical(address, AccessKind::Read) {
             Ok(hpa) => self.machine.read(hpa & !7) >> (8 * (hpa & 7)),
-            Err(_) if self.machine.absent.contains(&Gpa(address & !0xfff)) => u64::MAX,
+            Err(_) if self.machine.reads_absent(Gpa(address)) => u64::MAX,
             Err(refusal) => {
                 if self.refused.get().is_none() {
                     self.refused.set(Some((address, refusal)));
@@ -214,7 +219,11 @@ pub fn nested(data: &[u8]) -> Reached {
     for _ in 0..usize::from(take.u8()) % (MOST_ENTRIES + 1) {
         match take.below(8) {
             0..=2 => machine.change_ept(&mut take),
-            7 => machine.absent.push(Gpa(u64::from(take.u8() & 15) << 12)),
+            7 => {
+                let choice = take.u8();
+                let page = Gpa(u64::from(choice & 15) << 12);
+                machine.absent.push(Absent { page, reads: choice & 16 == 0 });
+            }
             _ => machine.change_guest(&mut take, bytes),
         }
     }
