@@ -8,7 +8,7 @@ use crate::lockstep_side::{Side, Standing};
 use crate::quantity::grouped;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use vcpu::{ArchState, Segment};
+use vcpu::{ArchState, Pending, Segment};
 
 /// One thing that the two sides disagree about, in words.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -121,9 +121,21 @@ fn named(state: &ArchState) -> Vec<(String, String)> {
     put("interrupt shadow", yes(state.interrupt_shadow).into());
     put("NMIs blocked", yes(state.nmi_blocked).into());
     put("halted", yes(state.halted).into());
-    put("pending", format!("{:?}", state.pending));
+    pending(&state.pending, &mut put);
     put("guest time (ns)", grouped(state.ticks));
     all
+}
+
+/// What waits between two instructions, a row for each kind of it.
+fn pending(pending: &Pending, put: &mut impl FnMut(&str, String)) {
+    let or_nothing = |text: Option<String>| text.unwrap_or_else(|| "nothing".into());
+    put("event that waits", or_nothing(pending.event.map(|event| format!("{event:?}"))));
+    put("task that waits", or_nothing(pending.arrival.map(|arrival| format!("{arrival:?}"))));
+    put("NMI waits", yes(pending.nmi).into());
+    put("breakpoints to report", format!("{:#x}", pending.breakpoints));
+    put("shadow of a stack load", yes(pending.stack_shadow).into());
+    put("amid a repetition", yes(pending.repeating).into());
+    put("shut down", yes(pending.shut_down).into());
 }
 
 fn segment(s: &Segment) -> String {
