@@ -6,42 +6,8 @@
 
 use crate::ShadowMmu;
 
-macro_rules! seeded {
-    ($($class:literal { $($(#[doc = $phrase:literal])* $fault:ident = $name:literal,)* })*) => {
-        /// A rule of the shadow backend that can be broken on purpose.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub enum Seeded {
-            $($($(#[doc = $phrase])* $fault,)*)*
-        }
-
-        impl Seeded {
-            /// All of them, class by class.
-            pub const ALL: &'static [Seeded] = &[$($(Seeded::$fault,)*)*];
-
-            /// The name by which it is chosen.
-            pub const fn name(self) -> &'static str {
-                match self { $($(Seeded::$fault => $name,)*)* }
-            }
-
-            /// What it does.
-            pub const fn phrase(self) -> &'static str {
-                match self { $($(Seeded::$fault => concat!($($phrase,)*).trim_ascii(),)*)* }
-            }
-
-            /// Which part of the backend it breaks.
-            pub const fn class(self) -> &'static str {
-                match self { $($(Seeded::$fault => $class,)*)* }
-            }
-
-            /// The fault of that name.
-            pub fn named(name: &str) -> Option<Seeded> {
-                Self::ALL.iter().copied().find(|fault| fault.name() == name)
-            }
-        }
-    };
-}
-
-seeded! {
+mmu::seeded_faults! {
+    /// A rule of the shadow backend that can be broken on purpose.
     "write protection" {
         /// A frame that becomes a table keeps its writable entries.
         TableNotProtected = "table-not-protected",

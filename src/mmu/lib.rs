@@ -8,7 +8,8 @@
 //!
 //! Read in this order: [`paging`] (the control state), [`access`] (what is being done, and the page-fault code),
 //! [`entry`] (what one table entry means in each format), [`walk`] (the walker), [`nested`] (a walk whose table reads
-//! are themselves translated), [`backend`] (the trait that shadow and ept implement), [`flush`], [`counters`].
+//! are themselves translated), [`backend`] (the trait that shadow and ept implement), [`flush`], [`counters`];
+//! [`seeded_faults`] lists what test builds can break.
 
 pub mod access;
 pub mod backend;
@@ -17,6 +18,7 @@ pub mod entry;
 pub mod flush;
 pub mod nested;
 pub mod paging;
+mod seeded;
 pub mod walk;
 
 pub use access::{Access, AccessKind, PageFault, PfCode, Privilege};
