@@ -15,7 +15,9 @@
 //! All of it lies below 2 GiB, so that it can be addressed absolutely once every register holds the guest's values, and
 //! within 64 KiB, so that 16-bit code reaches it in a segment that begins at [`BASE`].
 
+use super::random::{PLAIN_IMAGE, Random};
 use super::stub::NO_TRAP;
+use crate::flags::bit::ARITHMETIC;
 
 pub const BASE: u64 = 0x2000_0000;
 pub const CONTEXT: u64 = BASE + 0x1000;
@@ -96,6 +98,24 @@ pub struct Case {
 }
 
 impl Case {
+    /// A random state with random data, entered at the beginning of code that is not there yet; vector registers are random
+    /// too where `vectors` says so.
+    pub fn random(random: &mut Random, bits: u32, code_at: u64, vectors: bool) -> Self {
+        let mut case = Self {
+            code_at,
+            code_len: 0,
+            gprs: std::array::from_fn(|_| random.value()),
+            rflags: random.next() & ARITHMETIC | 0x202,
+            rip: code_at - origin(bits),
+            trap: Trap::NONE,
+            fx: if vectors { random.image() } else { PLAIN_IMAGE },
+            memory: [0; MEMORY_LEN],
+            code: [0; CODE_LEN],
+        };
+        random.bytes(&mut case.memory);
+        case
+    }
+
     /// Linear address behind the code.
     pub fn end(&self) -> u64 {
         self.code_at + self.code_len as u64

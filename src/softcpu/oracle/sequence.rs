@@ -8,12 +8,12 @@
 
 use super::family::Family;
 use super::opcodes::Opcodes;
-use super::place::{CODE, CODE_LEN, Case, DATA, MEMORY_LEN, Trap, origin};
-use super::random::{PLAIN_IMAGE, Random};
+use super::place::{CODE, Case, DATA, origin};
+use super::random::Random;
 use super::scenario::{Body, Scenario};
 use super::steer::{self, Reach};
 use super::weave::Weave;
-use crate::flags::bit::{ARITHMETIC, CF, DF, TF};
+use crate::flags::bit::{CF, DF, TF};
 use iced_x86::Mnemonic;
 
 /// The register that counts a loop.
@@ -98,18 +98,7 @@ fn change_immediate(random: &mut Random, run: &mut Case, bits: u32, at: usize, l
 
 /// A state whose address registers lead to the data.
 fn state(random: &mut Random, bits: u32, code_at: u64, vectors: bool) -> Case {
-    let mut case = Case {
-        code_at,
-        code_len: 0,
-        gprs: std::array::from_fn(|_| random.value()),
-        rflags: random.next() & ARITHMETIC | 0x202,
-        rip: code_at - origin(bits),
-        trap: Trap::NONE,
-        fx: if vectors { random.image() } else { PLAIN_IMAGE },
-        memory: [0; MEMORY_LEN],
-        code: [0; CODE_LEN],
-    };
-    random.bytes(&mut case.memory);
+    let mut case = Case::random(random, bits, code_at, vectors);
     if random.one_in(4) {
         case.rflags |= DF;
     }

@@ -2,13 +2,11 @@
 
 use super::family::Family;
 use super::opcodes::Opcodes;
-use super::place::{
-    CODE, CODE_END, CODE_LEN, Case, DATA, MEMORY_LEN, READ_ONLY, READ_ONLY_END, Trap, origin,
-};
-use super::random::{PLAIN_IMAGE, Random};
+use super::place::{CODE, CODE_END, Case, DATA, READ_ONLY, READ_ONLY_END, origin};
+use super::random::Random;
 use super::steer::{self, Reach};
 use super::undefined;
-use crate::flags::bit::{AC, ARITHMETIC, DF, TF};
+use crate::flags::bit::{AC, DF, TF};
 use guestmem::Gva;
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
@@ -59,19 +57,7 @@ const UNDEFINED: &[(&[u8], bool)] = &[
 
 /// A random state.
 fn state(random: &mut Random, family: Family, code_at: u64, bits: u32) -> Case {
-    let vectors = family >= Family::X87;
-    let mut case = Case {
-        code_at,
-        code_len: 0,
-        gprs: std::array::from_fn(|_| random.value()),
-        rflags: random.next() & ARITHMETIC | 0x202,
-        rip: code_at - origin(bits),
-        trap: Trap::NONE,
-        fx: if vectors { random.image() } else { PLAIN_IMAGE },
-        memory: [0; MEMORY_LEN],
-        code: [0; CODE_LEN],
-    };
-    random.bytes(&mut case.memory);
+    let mut case = Case::random(random, bits, code_at, family >= Family::X87);
     case.rflags |= match random.below(24) {
         0..=7 => DF,
         8 => TF,
