@@ -89,8 +89,6 @@ impl Held {
 #[derive(Debug, Default)]
 pub struct Hardware {
     entries: Vec<Entry>,
-    /// How often a walk was made.
-    pub walks: u64,
 }
 
 impl Hardware {
@@ -183,7 +181,6 @@ impl Hardware {
         absent: &[Absent],
     ) -> Result<Entry, Stop> {
         let pcid = state.pcid();
-        self.walks += 1;
         let (entry, controls) = match root {
             TableRoot::Shadow { root, format, controls } => {
                 let mut tables = HostTables::new(memory.host());

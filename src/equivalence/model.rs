@@ -73,11 +73,6 @@ impl Model {
         self.unlearned = true;
     }
 
-    /// How many translations the TLB may hold.
-    pub fn held(&self) -> usize {
-        self.tlb.len()
-    }
-
     /// Takes in every translation that a TLB could make at this moment. Must come before anything changes.
     pub fn learn(&mut self) {
         if !self.remembers || !std::mem::take(&mut self.unlearned) {

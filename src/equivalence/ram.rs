@@ -38,11 +38,6 @@ impl FlatRam {
             .unwrap_or(Behind::Device)
     }
 
-    /// How many frames there are.
-    pub fn frames(&self) -> u64 {
-        self.behind.len() as u64
-    }
-
     /// Puts something else behind a frame; `zero` says that its contents are lost.
     pub fn replace(&mut self, gfn: u64, behind: Behind, zero: bool) {
         let Some(slot) = self.behind.get_mut(gfn as usize) else { return };

@@ -147,7 +147,7 @@ pub fn live(life: &Life, kind: Kind, seeded: Option<Seeded>, tally: &mut Tally) 
     let frames = (0..0x21).chain(DATA).chain(0x400..0x404).chain(0x600..0x604).chain(0x800..0x804);
     let late = |fault| Failure { event: Some(life.events.len()), fault };
     run.compare(frames).map_err(late)?;
-    tally.lived(kind, run.machine.answers, life.events.len());
+    tally.lived(kind, run.machine.answers);
     run.machine.end().map_err(|broken| late(broken.into()))
 }
 

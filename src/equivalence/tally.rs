@@ -47,7 +47,7 @@ impl Tally {
         self.flags += taken.flags.len() as u64;
     }
 
-    pub(crate) fn lived(&mut self, kind: Kind, answers: [u64; 5], _events: usize) {
+    pub(crate) fn lived(&mut self, kind: Kind, answers: [u64; 5]) {
         self.lives += 1;
         let all = self.answers.entry(kind).or_default();
         for (sum, n) in all.iter_mut().zip(answers) {

@@ -76,16 +76,6 @@ impl Tlb {
         &self.held
     }
 
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.held.len()
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.held.is_empty()
-    }
-
     /// Forgets. A flush of a page forgets all translations that cover the address, whatever their size; one of a frame
     /// is no event of the architecture and forgets nothing.
     pub fn forget(&mut self, flush: TlbFlush, pcid: u16) {
