@@ -14,6 +14,7 @@
 
 use crate::cache::CodeCache;
 use crate::core::{Attention, Core};
+use crate::engine_kind::EngineKind;
 use crate::exceptions::{Event, EventKind, Exception};
 use crate::flags::bit;
 use crate::memory::{Override, OverrideTarget};
@@ -43,15 +44,30 @@ enum Attended {
 pub struct SoftCpu {
     core: Core,
     code: CodeCache,
+    engine: EngineKind,
     /// The exit that waits for its answer.
     pending: Option<Exit>,
 }
 
 impl SoftCpu {
-    /// A CPU of `model` after power-up, in a machine with this memory.
+    /// A CPU of `model` after power-up, in a machine with this memory, with the default engine.
     pub fn new(memory: Arc<GuestMemory>, model: CpuModel) -> Result<Self, VcpuError> {
+        Self::with_engine(memory, model, EngineKind::default())
+    }
+
+    /// The same with the engine of one's choice.
+    pub fn with_engine(
+        memory: Arc<GuestMemory>,
+        model: CpuModel,
+        engine: EngineKind,
+    ) -> Result<Self, VcpuError> {
         crate::vector::check_host(&model)?;
-        Ok(Self { core: Core::new(memory, model), code: CodeCache::default(), pending: None })
+        Ok(Self { core: Core::new(memory, model), code: CodeCache::default(), engine, pending: None })
+    }
+
+    /// The engine that executes guest code.
+    pub fn engine(&self) -> EngineKind {
+        self.engine
     }
 
     /// The CPU model.

@@ -14,6 +14,7 @@ pub mod core;
 pub mod debug;
 pub mod decode;
 pub mod engine;
+mod engine_kind;
 pub mod exceptions;
 pub mod exec;
 pub mod features;
@@ -34,4 +35,5 @@ pub mod vector;
 pub mod width;
 
 pub use engine::SoftCpu;
+pub use engine_kind::EngineKind;
 pub use model::CpuModel;
