@@ -40,11 +40,42 @@ impl Hasher for FixedHasher {
 /// Builds [`FixedHasher`]s.
 pub type FixedHash = BuildHasherDefault<FixedHasher>;
 
-/// Which granules of which frames were decoded.
-#[derive(Debug, Default)]
-pub struct CodeMap(HashMap<u64, u64, FixedHash>);
+/// Who has made something of a frame's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// Decoded blocks, here.
+    Interpreter = 0,
+    /// Translated blocks ([`crate::translate`]).
+    Translator = 1,
+}
 
-fn granules(offset: u64, len: u64) -> u64 {
+/// Which granules of which frames were decoded or translated.
+#[derive(Debug, Default)]
+pub struct CodeMap(HashMap<u64, [u64; 2], FixedHash>);
+
+/// Adds granules of a frame to those of an owner, and protects the frame if they are its first.
+pub fn add_code(core: &mut Core, owner: Owner, frame: Hfn, mask: u64) {
+    let masks = core.native.code_map.0.entry(frame.0).or_insert([0; 2]);
+    let fresh = *masks == [0; 2];
+    masks[owner as usize] |= mask;
+    if fresh {
+        core.memory.host().mark(frame, FrameMark::CODE);
+        core.tlb.protect_frame(frame, core.host_base);
+    }
+}
+
+/// Says which granules of a frame an owner still has; a frame without code may be written freely again.
+pub fn set_code(core: &mut Core, owner: Owner, frame: Hfn, mask: u64) {
+    let Some(masks) = core.native.code_map.0.get_mut(&frame.0) else { return };
+    masks[owner as usize] = mask;
+    if *masks == [0; 2] {
+        core.native.code_map.0.remove(&frame.0);
+        core.memory.host().unmark(frame, FrameMark::CODE);
+    }
+}
+
+/// The granules of a range in a frame.
+pub(crate) fn granules(offset: u64, len: u64) -> u64 {
     let first = offset / 64;
     let last = (offset + len.max(1) - 1).min(PAGE_SIZE - 1) / 64;
     u64::MAX >> (63 - (last - first)) << first
@@ -53,7 +84,8 @@ fn granules(offset: u64, len: u64) -> u64 {
 impl CodeMap {
     /// Whether decoded bytes share a granule with the range, which must not leave its frame.
     pub fn overlaps(&self, hpa: Hpa, len: u64) -> bool {
-        self.0.get(&hpa.frame().0).is_some_and(|mask| mask & granules(hpa.page_offset(), len) != 0)
+        let wanted = granules(hpa.page_offset(), len);
+        self.0.get(&hpa.frame().0).is_some_and(|[a, b]| (a | b) & wanted != 0)
     }
 }
 
@@ -197,13 +229,7 @@ impl CodeCache {
         for (hpa, len) in ranges {
             let frame = hpa.frame();
             self.by_frame.entry(frame.0).or_default().push(index);
-            let mask = core.native.code_map.0.entry(frame.0).or_insert(0);
-            let fresh = *mask == 0;
-            *mask |= granules(hpa.page_offset(), len);
-            if fresh {
-                core.memory.host().mark(frame, FrameMark::CODE);
-                core.tlb.protect_frame(frame, core.host_base);
-            }
+            add_code(core, Owner::Interpreter, frame, granules(hpa.page_offset(), len));
         }
         index
     }
@@ -260,21 +286,17 @@ impl CodeCache {
             })
         });
         if mask == 0 {
-            core.native.code_map.0.remove(&frame.0);
             self.by_frame.remove(&frame.0);
-            core.memory.host().unmark(frame, FrameMark::CODE);
-        } else {
-            core.native.code_map.0.insert(frame.0, mask);
         }
+        set_code(core, Owner::Interpreter, frame, mask);
     }
 
     /// Drops everything.
     pub fn clear(&mut self, core: &mut Core) {
         core.counters.add(Counter::BlocksInvalidated, self.by_key.len() as u64);
-        for &frame in core.native.code_map.0.keys() {
-            core.memory.host().unmark(Hfn(frame), FrameMark::CODE);
+        for &frame in self.by_frame.keys() {
+            set_code(core, Owner::Interpreter, Hfn(frame), 0);
         }
-        core.native.code_map.0.clear();
         *self = Self::default();
     }
 }

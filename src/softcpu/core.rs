@@ -79,11 +79,14 @@ pub struct Msrs {
     pub mtrr: [u64; 32],
 }
 
-/// The state of one CPU.
+/// The state of one CPU. What translated code uses stands at the front, within reach of short displacements.
+#[repr(C)]
 pub struct Core {
     /// 0–15: general registers; 16: zero; 17: RIP; the rest unused. While a block runs RIP is that of its first
     /// instruction.
     pub regs: [u64; REG_SLOTS],
+    /// What translated code and its surroundings tell each other.
+    pub hot: crate::translate::Hot,
     /// RFLAGS.
     pub flags: Flags,
     /// Segment bases as 64-bit addressing adds them: zero but for FS and GS.
@@ -181,6 +184,7 @@ impl Core {
         let paging = PagingState { phys_bits: model.phys_bits(), ..PagingState::default() };
         let mut core = Self {
             regs: [0; REG_SLOTS],
+            hot: crate::translate::Hot::default(),
             flags: Flags::default(),
             seg_base64: [0; 8],
             tlb: Tlb::default(),

@@ -102,6 +102,12 @@ fn decode_crossing(core: &mut Core, mode: CodeMode, lin: u64, head: &[u8]) -> Re
     Ok(Decoded { ops: Box::new([op]), ends_in_branch: selected.branch, len, crossing: Some(second) })
 }
 
+/// The [`Op`] of an instruction that was decoded at address 0, alone in its block.
+pub fn alone(insn: &Instruction, core: &mut Core) -> (Op, Selected) {
+    let mode = CodeMode::of(core);
+    translate(insn, 0, mode, core)
+}
+
 /// Makes an [`Op`] of an instruction at offset `at` of its block.
 fn translate(insn: &Instruction, at: usize, mode: CodeMode, core: &mut Core) -> (Op, Selected) {
     let mut op = Op {
@@ -120,6 +126,7 @@ fn translate(insn: &Instruction, at: usize, mode: CodeMode, core: &mut Core) -> 
         dst_shift: 0,
         src_shift: 0,
         aux: 0,
+        branch: false,
         off: at as u16,
         next: (at + insn.len()) as u16,
         insn: None,
@@ -135,6 +142,7 @@ fn translate(insn: &Instruction, at: usize, mode: CodeMode, core: &mut Core) -> 
         exec::select(insn, &mut op, mode, core)
     };
     op.run = selected.run;
+    op.branch = selected.branch;
     if selected.keep {
         op.insn = Some(Box::new(*insn));
     }

@@ -20,6 +20,7 @@ use crate::flags::bit;
 use crate::memory::{Override, OverrideTarget};
 use crate::model::CpuModel;
 use crate::op::{REG_IP, Stop};
+use crate::translate::{FrameBox, Next, Translator};
 use guestmem::GuestMemory;
 use mmu::nested::{Absent, EptQualification};
 use mmu::{Counters, Fault, FaultKind, Intercepts, PagingState, TableRoot, TlbFlush};
@@ -42,9 +43,10 @@ enum Attended {
 
 /// The software CPU.
 pub struct SoftCpu {
-    core: Core,
+    core: FrameBox,
     code: CodeCache,
-    engine: EngineKind,
+    /// The engine, if it is not the interpreter alone.
+    translator: Option<Translator>,
     /// The exit that waits for its answer.
     pending: Option<Exit>,
 }
@@ -62,12 +64,24 @@ impl SoftCpu {
         engine: EngineKind,
     ) -> Result<Self, VcpuError> {
         crate::vector::check_host(&model)?;
-        Ok(Self { core: Core::new(memory, model), code: CodeCache::default(), engine, pending: None })
+        let core = FrameBox::new(Core::new(memory, model));
+        let translator = match engine {
+            EngineKind::Interpret => None,
+            EngineKind::Translate => Some(
+                Translator::new(crate::translate::run::CODE_BYTES)
+                    .map_err(|e| VcpuError::Host(format!("mapping memory for translated code: {e}")))?,
+            ),
+        };
+        let mut core = core;
+        core.hot.callout = crate::translate::run::callout as *const () as u64;
+        core.hot.refill = crate::translate::run::refill as *const () as u64;
+        core.hot.host_mxcsr = 0x1f80;
+        Ok(Self { core, code: CodeCache::default(), translator, pending: None })
     }
 
     /// The engine that executes guest code.
     pub fn engine(&self) -> EngineKind {
-        self.engine
+        if self.translator.is_some() { EngineKind::Translate } else { EngineKind::Interpret }
     }
 
     /// The CPU model.
@@ -150,7 +164,7 @@ impl SoftCpu {
             if self.core.ticks >= self.core.deadline {
                 return Ok(Exit::Deadline);
             }
-            if let Err(stop) = self.run_block()
+            if let Err(stop) = self.run_some()
                 && let Some(exit) = self.stopped(stop)?
             {
                 return Ok(exit);
@@ -158,14 +172,27 @@ impl SoftCpu {
         }
     }
 
-    /// Runs the block at RIP, or as much of it as time and attention permit.
+    /// Runs translated code where there is any, and the interpreter where it is asked for.
     #[inline]
-    fn run_block(&mut self) -> Result<(), Stop> {
+    fn run_some(&mut self) -> Result<(), Stop> {
+        let Some(translator) = &mut self.translator else { return self.run_block(usize::MAX) };
+        if self.core.attention.intersects(ALONE) {
+            return self.run_block(usize::MAX);
+        }
+        match translator.run(&mut self.core)? {
+            Next::Look => Ok(()),
+            Next::Interpret(most) => self.run_block(most),
+        }
+    }
+
+    /// Runs the block at RIP, or as much of it as `most`, time and attention permit.
+    #[inline]
+    fn run_block(&mut self, most: usize) -> Result<(), Stop> {
         let Self { core, code, .. } = self;
         let alone = core.attention & ALONE;
         let index = code.find(core)?;
         let Some(block) = code.block(index) else { return Ok(()) };
-        let mut limit = block.ops.len();
+        let mut limit = block.ops.len().min(most);
         let room = core.deadline - core.ticks;
         if room < limit as u64 {
             limit = room as usize;
@@ -222,7 +249,7 @@ impl SoftCpu {
             }
             Stop::CodeWrite => {
                 let (hpa, len) = self.core.code_write;
-                self.code.invalidate(&mut self.core, hpa, len);
+                self.invalidate_code(hpa, len);
                 self.core.attention.insert(Attention::CODE_WRITE);
                 Ok(None)
             }
@@ -321,7 +348,7 @@ impl SoftCpu {
         self.core.end_transient();
         self.core.attention.remove(Attention::CODE_WRITE);
         for (hpa, len) in std::mem::take(&mut self.core.code_writes_done) {
-            self.code.invalidate(&mut self.core, hpa, len);
+            self.invalidate_code(hpa, len);
         }
     }
 
@@ -356,8 +383,25 @@ impl SoftCpu {
     fn drain_code_writes(&mut self) {
         if self.core.memory.host().code_was_written() {
             for (hpa, len) in self.core.memory.host().take_code_writes() {
-                self.code.invalidate(&mut self.core, hpa, len);
+                self.invalidate_code(hpa, len);
             }
+        }
+    }
+
+    /// Drops what either engine made from these bytes.
+    fn invalidate_code(&mut self, hpa: guestmem::Hpa, len: u64) {
+        self.code.invalidate(&mut self.core, hpa, len);
+        if let Some(translator) = &mut self.translator {
+            translator.invalidate(&mut self.core, hpa, len);
+        }
+    }
+
+    /// Lets translated code run up to the very deadline, and single instructions too: for tests.
+    #[cfg(test)]
+    #[allow(dead_code, reason = "the instruction oracle's second engine is in the making")]
+    pub(crate) fn set_tight(&mut self, tight: bool) {
+        if let Some(translator) = &mut self.translator {
+            translator.set_tight(&mut self.core, tight);
         }
     }
 }
@@ -459,6 +503,9 @@ impl Vcpu for SoftCpu {
 
     fn set_state(&mut self, state: &ArchState) {
         self.code.clear(&mut self.core);
+        if let Some(translator) = &mut self.translator {
+            translator.clear(&mut self.core);
+        }
         self.core.set_arch_state(state);
         self.pending = None;
     }

@@ -5,9 +5,9 @@
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum EngineKind {
     /// Decodes once, executes each instruction by a function: the reference.
-    #[default]
     Interpret,
     /// Translates blocks of 64-bit code to code of the host; what does not pay is left to the interpreter.
+    #[default]
     Translate,
 }
 

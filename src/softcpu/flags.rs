@@ -53,6 +53,7 @@ use crate::width::Width;
 
 /// The flags of one CPU.
 #[derive(Clone, Copy, Debug)]
+#[repr(C)]
 pub struct Flags {
     /// Sign-extended result: ZF and SF, and the low byte of PF.
     result: u64,
@@ -72,6 +73,9 @@ impl Default for Flags {
         f
     }
 }
+
+/// Where the flags that are not arithmetic stand in [`Flags`], for translated code.
+pub(crate) const SYSTEM_OFFSET: usize = std::mem::offset_of!(Flags, system);
 
 const OF_VECTOR: u64 = 1 << 62;
 const CF_VECTOR: u64 = 1 << 63;

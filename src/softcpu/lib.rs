@@ -31,6 +31,8 @@ pub mod snapshot;
 pub mod stores;
 pub mod task;
 pub mod tlb;
+pub mod tlb_inline;
+pub mod translate;
 pub mod vector;
 pub mod width;
 

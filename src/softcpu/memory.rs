@@ -397,7 +397,7 @@ impl Core {
 
     /// Translates one address (of an access of `len` bytes in all) that missed the TLB.
     #[cold]
-    fn translate(
+    pub(crate) fn translate(
         &mut self,
         lin: u64,
         kind: AccessKind,

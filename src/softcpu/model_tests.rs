@@ -325,6 +325,7 @@ fn core(model: CpuModel) -> Core {
 
 fn handler(insn: &Instruction, bits: u32, core: &mut Core) -> Handler {
     let mut op = Op {
+        branch: false,
         run: exec::undefined,
         imm: 0,
         disp: 0,

@@ -70,6 +70,8 @@ pub struct Op {
     pub src_shift: u8,
     /// Whatever else a handler wants.
     pub aux: u8,
+    /// It sets RIP itself.
+    pub branch: bool,
     /// Offset of the instruction from the block's first.
     pub off: u16,
     /// Offset of the next instruction.

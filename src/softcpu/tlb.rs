@@ -5,6 +5,7 @@
 //! rights. Flushing a PCID gives it a new generation number and costs nothing; when the numbers are used up everything
 //! is emptied once. Global entries hit under any PCID: a miss looks at the slot once more and re-tags a global entry.
 
+use crate::tlb_inline::InlineTlb;
 use guestmem::{Gva, Hfn, PageSize};
 use mmu::TlbFlush;
 
@@ -74,10 +75,16 @@ impl TlbArray {
         None
     }
 
-    fn fill(&mut self, lin: u64, key: u64, addend: u64, global: bool) {
+    /// Fills, and gives the entry that had to go.
+    fn fill(&mut self, lin: u64, key: u64, addend: u64, global: bool) -> TlbEntry {
         let slot = Self::slot(lin, key);
-        self.entries[slot] = TlbEntry { tag: (lin & !0xfff) | key, addend };
         self.global[slot] = global;
+        std::mem::replace(&mut self.entries[slot], TlbEntry { tag: (lin & !0xfff) | key, addend })
+    }
+
+    /// Whether the entry that `lin` hits is global.
+    pub fn is_global(&self, lin: u64, key: u64) -> bool {
+        self.lookup(lin, key).is_some() && self.global[Self::slot(lin, key)]
     }
 
     /// What it holds: the entries, and whether each is global.
@@ -99,9 +106,11 @@ impl TlbArray {
         }
     }
 
-    fn remove_frame(&mut self, host_page: u64) {
+    /// Removes what leads to a frame, and tells `gone` each tag.
+    fn remove_frame(&mut self, host_page: u64, mut gone: impl FnMut(u64)) {
         for e in self.entries.iter_mut() {
             if e.tag != 0 && (e.tag & !0xfff).wrapping_add(e.addend) == host_page {
+                gone(e.tag);
                 *e = TlbEntry::default();
             }
         }
@@ -167,6 +176,10 @@ pub struct Tlb {
     pub flushes: u64,
     /// Grows with whatever may change where a fetch goes; caches of fetch translations compare it.
     pub fetch_generation: u64,
+    /// Grows with whatever may change where a fetch through a global entry goes.
+    pub global_generation: u64,
+    /// What translated code looks into. It holds nothing that the arrays above do not hold for the current context.
+    pub inline: InlineTlb,
 }
 
 impl Default for Tlb {
@@ -183,6 +196,8 @@ impl Default for Tlb {
             large: LargeFilter::default(),
             flushes: 0,
             fetch_generation: 0,
+            global_generation: 0,
+            inline: InlineTlb::default(),
         };
         tlb.select(0, TlbMode::Supervisor, TlbMode::Supervisor);
         tlb
@@ -194,6 +209,9 @@ impl Tlb {
     pub fn select(&mut self, pcid: u16, data: TlbMode, fetch: TlbMode) {
         self.pcid = pcid % 4096;
         let context = self.context(self.pcid);
+        if self.key >> MODE_BITS != u64::from(context) {
+            self.inline.clear();
+        }
         self.key = u64::from(context) << MODE_BITS | data as u64;
         self.fetch_key = u64::from(context) << MODE_BITS | fetch as u64;
     }
@@ -220,9 +238,12 @@ impl Tlb {
         self.next_context = 1;
         self.large = LargeFilter::default();
         self.fetch_generation += 1;
+        self.global_generation += 1;
+        self.inline.clear();
     }
 
     fn reselect(&mut self) {
+        self.inline.clear();
         let (data, fetch) = (self.key & MODE_MASK, self.fetch_key & MODE_MASK);
         let context = self.context(self.pcid);
         self.key = u64::from(context) << MODE_BITS | data;
@@ -240,11 +261,28 @@ impl Tlb {
         if size != PageSize::Size4K {
             self.large.insert(lin, size);
         }
-        match side {
+        let evicted = match side {
             TlbSide::Read => self.read.fill(lin, key, addend, global),
             TlbSide::Write => self.write.fill(lin, key, addend, global),
-            TlbSide::Fetch => self.fetch.fill(lin, key, addend, global),
+            TlbSide::Fetch => {
+                self.fetch.fill(lin, key, addend, global);
+                return;
+            }
+        };
+        if evicted.tag != 0 {
+            self.inline.remove(side, evicted.tag);
         }
+    }
+
+    /// Lets translated code find the entry that the current context has for `lin`. False if there is none.
+    pub fn fill_inline(&mut self, side: TlbSide, lin: u64) -> bool {
+        let key = self.key;
+        let array = if side == TlbSide::Write { &mut self.write } else { &mut self.read };
+        let Some(addend) = array.lookup(lin, key).or_else(|| array.lookup_global(lin, key)) else {
+            return false;
+        };
+        self.inline.fill(side, lin, (key & MODE_MASK) as usize, addend);
+        true
     }
 
     /// Forgets what `flush` says; `host_base` is where host memory is mapped.
@@ -267,7 +305,7 @@ impl Tlb {
             }
             TlbFlush::Frame(frame) => {
                 // After write protection: reads and fetches through the frame stay right.
-                self.write.remove_frame(host_base.wrapping_add(frame.base().0));
+                self.protect_frame(frame, host_base);
                 return;
             }
             TlbFlush::Pcid(pcid) => {
@@ -288,12 +326,16 @@ impl Tlb {
         self.read.remove_page(lin, &wanted);
         self.write.remove_page(lin, &wanted);
         self.fetch.remove_page(lin, &wanted);
+        self.inline.remove_page(lin);
         self.fetch_generation += 1;
+        self.global_generation += 1;
     }
 
     /// Forgets write entries that lead to a frame: bytes of it were decoded.
     pub fn protect_frame(&mut self, frame: Hfn, host_base: u64) {
-        self.write.remove_frame(host_base.wrapping_add(frame.base().0));
+        let inline = &mut self.inline;
+        self.write
+            .remove_frame(host_base.wrapping_add(frame.base().0), |tag| inline.remove(TlbSide::Write, tag));
     }
 }
 

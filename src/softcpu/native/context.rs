@@ -90,6 +90,10 @@ pub mod layout {
     use super::{FpuContext, offset_of};
     /// The FXSAVE image.
     pub const IMAGE: usize = offset_of!(FpuContext, image);
+    /// XMM0 in the image; each register has 16 bytes.
+    pub const XMM: usize = super::image::XMM;
+    /// MXCSR in the image.
+    pub const MXCSR: usize = super::image::MXCSR;
     /// The memory operand.
     pub const MEM: usize = offset_of!(FpuContext, mem);
     /// Guest general registers.

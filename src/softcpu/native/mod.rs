@@ -49,7 +49,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use context::{FpuContext, InvalidMxcsr, MXCSR_MASK, X87Pointers, x87_exception_pending};
+pub use context::{FpuContext, InvalidMxcsr, MXCSR_MASK, X87Pointers, layout, x87_exception_pending};
 pub use host::missing_host_features;
 pub use info::{Class, Memory, Unavailable, Unsupported};
 pub use run::Outcome;

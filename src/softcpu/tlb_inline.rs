@@ -1,0 +1,192 @@
+//! The part of the TLB that translated code looks into itself: for reads and writes in each mode a direct-mapped array of
+//! page address and host page.
+//!
+//! The check in translated code ([`crate::translate`]) is: entry of the page, address minus tag, at most 4096 minus the
+//! size of the access. That finds the right page, an access that stays in it, and the right (a tag is only there while
+//! mode and context that it was filled in are current). Contexts are not part of these tags: when the context changes
+//! everything here goes, at the price of one refill from [`crate::tlb`] for each page that is used again.
+//!
+//! Everything here is also in [`crate::tlb::Tlb`] for the current context, so that both engines walk the tables at the same
+//! accesses.
+
+use crate::tlb::TlbSide;
+
+/// Entries in one array.
+pub const ENTRIES: usize = 1024;
+/// Modes that have arrays: those of [`crate::tlb::TlbMode`] that are cached.
+const MODES: usize = 3;
+const ARRAYS: usize = 2 * MODES;
+/// How many filled slots are remembered one by one; when there are more, clearing clears everything.
+const REMEMBERED: usize = 256;
+
+/// One entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct InlineEntry {
+    /// The linear address of the page, or of a page that belongs to another slot.
+    pub tag: u64,
+    /// The host address of the page.
+    pub host: u64,
+}
+
+/// The arrays.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub struct InlineTlb {
+    arrays: [[InlineEntry; ENTRIES]; ARRAYS],
+    filled: [u16; REMEMBERED],
+    count: usize,
+}
+
+/// Where the array of a side and mode stands in [`InlineTlb`], in bytes.
+pub const fn array_offset(side: TlbSide, mode: usize) -> usize {
+    (match side {
+        TlbSide::Write => MODES + mode,
+        _ => mode,
+    }) * ENTRIES
+        * size_of::<InlineEntry>()
+}
+
+fn array(side: TlbSide, mode: usize) -> usize {
+    array_offset(side, mode % MODES) / (ENTRIES * size_of::<InlineEntry>())
+}
+
+fn slot(lin: u64) -> usize {
+    (lin >> 12) as usize % ENTRIES
+}
+
+/// An address whose page never comes to this slot matches no address that does.
+const fn empty(slot: usize) -> InlineEntry {
+    InlineEntry { tag: ((slot ^ 1) as u64) << 12, host: 0 }
+}
+
+const EMPTY: [InlineEntry; ENTRIES] = {
+    let mut all = [empty(0); ENTRIES];
+    let mut i = 0;
+    while i < ENTRIES {
+        all[i] = empty(i);
+        i += 1;
+    }
+    all
+};
+
+impl Default for InlineTlb {
+    fn default() -> Self {
+        Self { arrays: [EMPTY; ARRAYS], filled: [0; REMEMBERED], count: 0 }
+    }
+}
+
+impl InlineTlb {
+    /// Fills the slot of `lin`. `addend` added to a linear address of the page gives the host address.
+    pub fn fill(&mut self, side: TlbSide, lin: u64, mode: usize, addend: u64) {
+        let (array, slot) = (array(side, mode), slot(lin));
+        let page = lin & !0xfff;
+        self.arrays[array][slot] = InlineEntry { tag: page, host: page.wrapping_add(addend) };
+        if self.count < REMEMBERED {
+            self.filled[self.count] = (array * ENTRIES + slot) as u16;
+        }
+        self.count += 1;
+    }
+
+    /// Empties everything.
+    pub fn clear(&mut self) {
+        if self.count <= REMEMBERED {
+            for &at in &self.filled[..self.count] {
+                let at = usize::from(at);
+                self.arrays[at / ENTRIES % ARRAYS][at % ENTRIES] = empty(at % ENTRIES);
+            }
+        } else {
+            self.arrays.fill(EMPTY);
+        }
+        self.count = 0;
+    }
+
+    /// Removes the entry that corresponds to a tag of [`crate::tlb::TlbArray`].
+    pub fn remove(&mut self, side: TlbSide, tag: u64) {
+        let mode = (tag & 3) as usize;
+        if mode < MODES {
+            self.remove_from(array(side, mode), tag & !0xfff);
+        }
+    }
+
+    /// Removes all entries of a page.
+    pub fn remove_page(&mut self, lin: u64) {
+        for array in 0..ARRAYS {
+            self.remove_from(array, lin & !0xfff);
+        }
+    }
+
+    fn remove_from(&mut self, array: usize, page: u64) {
+        let slot = slot(page);
+        let entry = &mut self.arrays[array][slot];
+        if entry.tag == page {
+            *entry = empty(slot);
+        }
+    }
+
+    /// The entries that are there: side, mode, entry.
+    pub fn held(&self) -> impl Iterator<Item = (TlbSide, usize, InlineEntry)> + '_ {
+        self.arrays.iter().enumerate().flat_map(|(i, entries)| {
+            let side = if i < MODES { TlbSide::Read } else { TlbSide::Write };
+            entries
+                .iter()
+                .enumerate()
+                .filter(|(s, e)| **e != empty(*s))
+                .map(move |(_, e)| (side, i % MODES, *e))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The check of translated code.
+    fn hit(tlb: &InlineTlb, side: TlbSide, mode: usize, lin: u64, size: u64) -> Option<u64> {
+        let e = tlb.arrays[array(side, mode)][slot(lin)];
+        let offset = lin.wrapping_sub(e.tag);
+        (offset <= 4096 - size).then(|| e.host.wrapping_add(offset))
+    }
+
+    #[test]
+    fn an_empty_slot_is_hit_by_no_address() {
+        let tlb = InlineTlb::default();
+        for page in (0..4096u64).chain((0..4096).map(|p| p << 40 | 5)).chain([u64::MAX >> 12, 1 << 51]) {
+            for offset in [0, 1, 0xff8, 0xfff] {
+                let lin = page << 12 | offset;
+                assert_eq!(hit(&tlb, TlbSide::Read, 0, lin, 1), None, "{lin:#x}");
+            }
+        }
+        assert_eq!(tlb.held().count(), 0);
+    }
+
+    #[test]
+    fn a_hit_needs_side_mode_page_and_room() {
+        let mut tlb = InlineTlb::default();
+        let lin = 0xffff_8000_0012_3456;
+        tlb.fill(TlbSide::Write, lin, 1, 0x1000u64.wrapping_sub(lin & !0xfff));
+        assert_eq!(hit(&tlb, TlbSide::Write, 1, lin, 8), Some(0x1456));
+        assert_eq!(hit(&tlb, TlbSide::Write, 1, (lin & !0xfff) + 0xff8, 8), Some(0x1ff8));
+        assert_eq!(hit(&tlb, TlbSide::Write, 1, (lin & !0xfff) + 0xff9, 8), None);
+        assert_eq!(hit(&tlb, TlbSide::Write, 0, lin, 8), None);
+        assert_eq!(hit(&tlb, TlbSide::Read, 1, lin, 8), None);
+        assert_eq!(hit(&tlb, TlbSide::Write, 1, lin & 0x0000_ffff_ffff_ffff, 8), None);
+        assert_eq!(tlb.held().count(), 1);
+        tlb.remove(TlbSide::Write, (lin & !0xfff) | 0x7c | 1);
+        assert_eq!(hit(&tlb, TlbSide::Write, 1, lin, 8), None);
+    }
+
+    #[test]
+    fn clearing_empties_few_and_many() {
+        for pages in [3u64, 200, 3000] {
+            let mut tlb = InlineTlb::default();
+            for page in 0..pages {
+                tlb.fill(TlbSide::Read, page << 12, (page % 3) as usize, 0);
+            }
+            tlb.clear();
+            assert_eq!(tlb.held().count(), 0);
+            tlb.fill(TlbSide::Read, 0x5000, 0, 0);
+            assert_eq!(tlb.held().count(), 1);
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! Translation of one block: which instructions, which flags somebody may see, entry, body.
+//!
+//! A block is a straight run of instructions in one page; conditional branches forward may leave it on the way. It depends
+//! on the bytes and the mode alone: linear addresses are formed from the page's address in the frame, so that one
+//! translation serves wherever the page is mapped.
+//!
+//! ```text
+//! indirect:  LEA R10, [RAX - offset]            an indirect branch: RAX is the target, whose low bits found this block
+//! page:      CMP R10, [page's word]; JNE …      the linear page is the one where the page of this code is mapped now
+//!            MOV [page], R10; JMP saved
+//! host:      LAHF; SETO AL; MOV [flags], AX     a direct branch within the page, with the flags in the host's
+//! saved:     SUB [budget], n; JS …              the same with the flags saved
+//! ```
+//!
+//! Manual: Intel SDM Vol. 1 §3.4.3; Vol. 3 §6.5 (faults are precise).
+
+use super::asm::{Label, Mem, Target, cc, host};
+use super::classify::{FlagUse, Kind, Setting, classify, flag};
+use super::emit::{Emitter, FlagState, TooMany};
+use super::layout::{field, hot};
+use crate::core::Core;
+use crate::op::Op;
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, OpKind};
+
+/// Instructions in one block at most.
+pub const MOST: usize = 64;
+/// As the interpreter's decoder: see [`crate::decode`].
+const OPTIONS: u32 = DecoderOptions::NO_PAUSE;
+
+/// An instruction of a block.
+pub struct Insn {
+    /// As decoded with the page at address 0.
+    pub insn: Instruction,
+    /// Its offset in the page.
+    pub offset: u32,
+    /// How it is translated.
+    pub kind: Kind,
+    /// Flags in the model.
+    pub flags: FlagUse,
+    /// Flags after it that somebody may see.
+    pub needed_after: u8,
+}
+
+/// The instructions of a block.
+pub struct Decoded {
+    /// In order; none if the first is left to the interpreter because it leaves the page.
+    pub insns: Vec<Insn>,
+    /// Flags before the first that somebody may see.
+    pub needed: u8,
+    /// Offset behind the last byte that was looked at as an instruction.
+    pub end: u32,
+}
+
+/// Decodes a block at `offset` of a page. `tight`: every flag is seen everywhere.
+pub fn decode(core: &mut Core, page: &[u8; 4096], offset: u32, setting: Setting, tight: bool) -> Decoded {
+    let mut insns = Vec::with_capacity(16);
+    let start = offset as usize % 4096;
+    let mut decoder = Decoder::with_ip(64, &page[start..], u64::from(offset), OPTIONS);
+    let mut insn = Instruction::default();
+    while insns.len() < MOST && decoder.can_decode() {
+        decoder.decode_out(&mut insn);
+        if insn.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
+            break;
+        }
+        let at = insn.ip() as u32;
+        let kind = kind_of(core, &mut insn, page, setting);
+        let flags = kind.flag_use(&insn);
+        insns.push(Insn { insn, offset: at, kind, flags, needed_after: flag::ALL });
+        let backward = kind == Kind::Branch && insn.near_branch_target() as i64 <= i64::from(at);
+        if kind.ends() || backward {
+            break;
+        }
+    }
+    let end = insns.last().map_or(offset, |i| i.offset + i.insn.len() as u32);
+    let needed = needs(&mut insns, tight);
+    Decoded { insns, needed, end }
+}
+
+/// How an instruction is translated; the instruction is replaced by what it is on the model's processor.
+fn kind_of(core: &mut Core, insn: &mut Instruction, page: &[u8; 4096], setting: Setting) -> Kind {
+    if !insn.is_invalid() {
+        if let Some(code) = core.model.without_feature(insn) {
+            insn.set_code(code);
+        }
+        if core.model.has(insn)
+            && let Some(kind) = classify(insn, setting)
+        {
+            return kind;
+        }
+    }
+    let (_, selected) = handler(core, insn, page);
+    if selected.ends() || changes_vectors(insn) { Kind::Exit } else { Kind::Callout }
+}
+
+/// Instructions after which it must be asked again whether the host may execute vector instructions.
+fn changes_vectors(insn: &Instruction) -> bool {
+    use iced_x86::Mnemonic as M;
+    matches!(
+        insn.mnemonic(),
+        M::Ldmxcsr
+            | M::Vldmxcsr
+            | M::Fxrstor
+            | M::Fxrstor64
+            | M::Xrstor
+            | M::Xrstor64
+            | M::Xrstors
+            | M::Xrstors64
+    )
+}
+
+/// The interpreter's form of an instruction, alone in its block.
+pub fn handler(core: &mut Core, insn: &Instruction, page: &[u8; 4096]) -> (Op, crate::exec::Selected) {
+    let start = insn.ip() as usize % 4096;
+    let mut decoder = Decoder::with_ip(64, &page[start..], 0, OPTIONS);
+    crate::decode::alone(&decoder.decode(), core)
+}
+
+/// Whether the state may be looked at before the instruction is complete: it may fault, exit, or branch out of the block.
+fn shows(insn: &Insn) -> bool {
+    match insn.kind {
+        Kind::Same | Kind::Merge(_) | Kind::Accumulator | Kind::AccumulatorMerge(_) => {
+            insn.insn.mnemonic() != iced_x86::Mnemonic::Lea
+                && (0..insn.insn.op_count()).any(|i| insn.insn.op_kind(i) == OpKind::Memory)
+        }
+        Kind::Nothing | Kind::ClearInterrupts | Kind::SwapGs => false,
+        _ => true,
+    }
+}
+
+/// Works out, from the end, which flags somebody may see after each instruction. Gives those before the first.
+fn needs(insns: &mut [Insn], tight: bool) -> u8 {
+    let mut needed = flag::ALL;
+    for insn in insns.iter_mut().rev() {
+        insn.needed_after = needed;
+        needed = needed & !insn.flags.writes | insn.flags.reads;
+        if tight || shows(insn) {
+            needed = flag::ALL;
+        }
+    }
+    needed
+}
+
+/// A way out of a block that can be linked to another.
+#[derive(Clone, Copy, Debug)]
+pub struct Exit {
+    /// The operand of the branch that is patched.
+    pub operand: Label,
+    /// Where it goes while it is not linked.
+    pub stub: Label,
+    /// What of the target it may go to.
+    pub form: ExitForm,
+}
+
+/// In what state an exit arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitForm {
+    /// In the same page, flags in the host's.
+    Host,
+    /// In the same page, flags saved.
+    Saved,
+    /// In another page: R10 is its linear address, flags saved.
+    Page,
+}
+
+/// Labels of a block's entries.
+#[derive(Clone, Copy, Debug)]
+pub struct Entries {
+    /// See the module.
+    pub indirect: Label,
+    /// See the module.
+    pub page: Label,
+    /// See the module.
+    pub host: Label,
+    /// See the module.
+    pub saved: Label,
+}
+
+/// What one block is emitted from, beside its instructions.
+pub struct Parts<'a> {
+    /// The page's bytes.
+    pub bytes: &'a [u8; 4096],
+    /// Distance of the page's word.
+    pub page_word: i32,
+    /// Distance of the indirect-branch cache.
+    pub targets: i32,
+    /// The number of the block, for its exits.
+    pub block: u32,
+}
+
+/// The emission of a block: the emitter and what it collects.
+pub struct Emission<'a, 'b> {
+    /// The emitter.
+    pub to: Emitter<'a>,
+    /// Constants.
+    pub parts: Parts<'b>,
+    /// Handlers' operands; boxed, since their addresses are in the code.
+    pub ops: Vec<Box<Op>>,
+    /// Exits.
+    pub exits: Vec<Exit>,
+}
+
+impl Emission<'_, '_> {
+    /// Emits entries and body.
+    pub fn block(&mut self, core: &mut Core, decoded: &Decoded) -> Option<Entries> {
+        let entries = self.entries(decoded);
+        let mut ended = false;
+        for (i, insn) in decoded.insns.iter().enumerate() {
+            let undo = self.to.begin(i as u32, insn.offset);
+            let done = self.instruction(core, insn, decoded);
+            if done.is_err() {
+                self.to.take_back(undo);
+                if insn.kind.ends() {
+                    self.leave_for_handler(core, insn);
+                } else {
+                    self.callout(core, insn);
+                }
+            }
+            self.to.end();
+            ended = insn.kind.ends();
+        }
+        if !ended {
+            let last = decoded.insns.last()?;
+            if !(last.kind == Kind::Branch && self.backward(last)) {
+                self.go(i64::from(decoded.end));
+            }
+        }
+        Some(entries)
+    }
+
+    fn backward(&self, insn: &Insn) -> bool {
+        insn.insn.near_branch_target() as i64 <= i64::from(insn.offset)
+    }
+
+    fn entries(&mut self, decoded: &Decoded) -> Entries {
+        let first = decoded.insns.first().map_or(0, |i| i.offset);
+        let count = self.to.total;
+        let asm = &mut *self.to.asm;
+        let (page_miss, spent) = (asm.label(), asm.label());
+        let indirect = asm.here();
+        asm.lea(host::R10, Mem::at(host::RAX, -(first as i32)));
+        let page = asm.here();
+        asm.op_mem(8, &[0x3b], host::R10, Mem::frame(self.parts.page_word));
+        asm.jcc(cc::NE, Target::Here(page_miss));
+        asm.store(field(hot!(page)), host::R10);
+        let host_entry;
+        let saved;
+        if decoded.needed == 0 {
+            host_entry = asm.here();
+            saved = host_entry;
+            self.to.flags = FlagState::Dead;
+        } else {
+            // JMP over the saving of the flags, which has a fixed length.
+            let over = asm.mark();
+            asm.bytes(&[0xeb, 0]);
+            host_entry = asm.here();
+            self.to.save_flags();
+            let asm = &mut *self.to.asm;
+            asm.close_short_jump(over);
+            saved = asm.here();
+            self.to.flags = FlagState::Saved;
+        }
+        let asm = &mut *self.to.asm;
+        if count > 0 {
+            asm.alu_mem_imm(8, 5, field(hot!(budget)), count as i32);
+            asm.jcc(cc::S, Target::Here(spent));
+        }
+        asm.cold(true);
+        asm.bind(page_miss);
+        asm.store_imm32(field(hot!(exit_offset)), first);
+        asm.store_imm32(field(hot!(link)), super::NO_LINK);
+        asm.jmp(Target::Arena(self.to.gates.link));
+        asm.bind(spent);
+        asm.store_imm32(field(hot!(exit_offset)), first);
+        asm.store_imm32(field(hot!(undone)), count);
+        asm.jmp(Target::Arena(self.to.gates.budget));
+        asm.cold(false);
+        Entries { indirect, page, host: host_entry, saved }
+    }
+
+    /// Calls the interpreter's handler and goes on.
+    fn callout(&mut self, core: &mut Core, insn: &Insn) {
+        let op = self.op(core, insn);
+        self.to.release_flags();
+        self.to.note_exit();
+        self.to.asm.imm(host::RAX, op);
+        self.to.asm.call(Target::Arena(self.to.gates.callout));
+        self.to.flags = FlagState::Saved;
+    }
+
+    /// Leaves for the interpreter's handler.
+    fn leave_for_handler(&mut self, core: &mut Core, insn: &Insn) {
+        let op = self.op(core, insn);
+        self.to.release_flags();
+        self.to.note_exit();
+        self.to.asm.imm(host::RAX, op);
+        self.to.asm.jmp(Target::Arena(self.to.gates.op));
+    }
+
+    fn op(&mut self, core: &mut Core, insn: &Insn) -> u64 {
+        let (op, _) = handler(core, &insn.insn, self.parts.bytes);
+        let op = Box::new(op);
+        let address = std::ptr::from_ref::<Op>(&op) as u64;
+        self.ops.push(op);
+        address
+    }
+
+    fn instruction(&mut self, core: &mut Core, insn: &Insn, decoded: &Decoded) -> Result<(), TooMany> {
+        match insn.kind {
+            Kind::Nothing => {}
+            Kind::Same => self.to.same(insn, None, false)?,
+            Kind::Merge(taken) => self.to.same(insn, Some(taken), false)?,
+            Kind::Accumulator => self.to.same(insn, None, true)?,
+            Kind::AccumulatorMerge(taken) => self.to.same(insn, Some(taken), true)?,
+            Kind::Divide => self.to.divide(insn)?,
+            Kind::Push => self.to.push(&insn.insn)?,
+            Kind::PushMemory => self.to.push_memory(&insn.insn)?,
+            Kind::Pop => self.to.pop(&insn.insn)?,
+            Kind::Leave => self.to.leave()?,
+            Kind::PushFlags => self.to.push_flags()?,
+            Kind::ClearInterrupts => self.to.clear_interrupts(),
+            Kind::SwapGs => self.to.swap_gs(),
+            Kind::Jump => self.go(insn.insn.near_branch_target() as i64),
+            Kind::Branch => self.branch(insn, decoded),
+            Kind::Call => self.call(insn)?,
+            Kind::CallIndirect => self.call_indirect(insn)?,
+            Kind::JumpIndirect => self.jump_indirect(insn)?,
+            Kind::Return => self.ret(insn)?,
+            Kind::Callout => self.callout(core, insn),
+            Kind::Exit => self.leave_for_handler(core, insn),
+            Kind::NeedsVectors => {
+                self.to.release_flags();
+                self.to.note_exit();
+                self.to.asm.jmp(Target::Arena(self.to.gates.vectors));
+            }
+        }
+        Ok(())
+    }
+}

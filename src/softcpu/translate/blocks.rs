@@ -1,0 +1,323 @@
+//! Translated blocks: found by physical address and mode, linked to each other, dropped when their bytes change.
+//!
+//! The key of a block is where its first byte is in host memory, and its mode; neither CR3 loads nor remapping discard
+//! translations. Links run both ways, so that a dropped block leaves nobody jumping into it: what was linked to it goes to
+//! the dispatcher again. The place of dropped code is reused when everything is dropped, which happens when the cap on
+//! its size is reached: a rare and cheap event, where evicting blocks one by one would want a record of their use.
+//!
+//! Intel SDM Vol. 3 §11.6: a store to code takes effect for the next instruction. Stores find code through
+//! [`crate::cache::CodeMap`], as with the interpreter's blocks.
+
+use super::arena::Arena;
+use super::block::ExitForm;
+use super::frame::{CODE_PAGES, FrameBox, MODES};
+use super::mode::Mode;
+use crate::cache::{FixedHash, Owner, granules};
+use crate::op::Op;
+use guestmem::{Hfn, Hpa, PAGE_SIZE};
+use hashbrown::HashMap;
+
+/// No linear page.
+const UNKNOWN: u64 = 1;
+/// Blocks kept at most, whatever their code takes.
+const MOST_BLOCKS: usize = 400_000;
+/// A page whose code was dropped so often, with less than [`COOLING`] ticks between, is left to the interpreter for a while.
+const HOT: u32 = 24;
+const COOLING: u64 = 20_000_000;
+
+/// An exit of a block.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Where the branch's operand is in the arena.
+    pub operand: usize,
+    /// Where it goes when it is not linked.
+    pub stub: usize,
+    /// What of the target it goes to.
+    pub form: ExitForm,
+    /// The block that it is linked to.
+    pub to: Option<u32>,
+}
+
+/// A translated block.
+pub struct Block {
+    /// Where its first byte is.
+    pub hpa: Hpa,
+    /// How many bytes it covers; 0 for one that is left to the interpreter.
+    pub len: u64,
+    /// Its mode.
+    pub mode: Mode,
+    /// The number of its page's word.
+    pub page: u32,
+    /// Instructions that it counts.
+    pub count: u32,
+    /// Places of its entries in the arena: indirect, page, host, saved.
+    pub entries: [usize; 4],
+    /// Its exits.
+    pub links: Vec<Link>,
+    /// Blocks and exits that are linked to it.
+    pub incoming: Vec<(u32, u32)>,
+    /// What its code points at.
+    pub ops: Vec<Box<Op>>,
+}
+
+impl Block {
+    /// Where an exit of a form goes.
+    pub fn entry(&self, form: ExitForm) -> usize {
+        match form {
+            ExitForm::Page => self.entries[1],
+            ExitForm::Host => self.entries[2],
+            ExitForm::Saved => self.entries[3],
+        }
+    }
+
+    fn key(&self) -> u64 {
+        key(self.hpa, self.mode)
+    }
+}
+
+/// The key of a block.
+pub fn key(hpa: Hpa, mode: Mode) -> u64 {
+    hpa.0 * MODES as u64 + mode.index() as u64
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Heat {
+    count: u32,
+    last: u64,
+}
+
+/// All blocks.
+pub struct Blocks {
+    /// Their code.
+    pub arena: Arena,
+    /// Where the code of blocks begins: behind the gates.
+    floor: usize,
+    /// Where the indirect-branch caches lead when they know nothing, by mode.
+    unknown: [u64; MODES],
+    blocks: Vec<Option<Block>>,
+    free: Vec<u32>,
+    by_key: HashMap<u64, u32, FixedHash>,
+    by_frame: HashMap<u64, Vec<u32>, FixedHash>,
+    pages: HashMap<u64, u32, FixedHash>,
+    /// Words that hold a linear page now, and whether that mapping is global.
+    known: Vec<(u32, bool)>,
+    heat: HashMap<u64, Heat, FixedHash>,
+    /// Grows whenever blocks may have gone.
+    pub epoch: u64,
+    /// How often everything was dropped because the code was full.
+    pub overflows: u64,
+}
+
+impl Blocks {
+    /// No blocks; `unknown` are the addresses of the gates for unknown targets.
+    pub fn new(arena: Arena, unknown: [u64; MODES]) -> Self {
+        let floor = arena.used();
+        Self {
+            arena,
+            floor,
+            unknown,
+            blocks: Vec::new(),
+            free: Vec::new(),
+            by_key: HashMap::default(),
+            by_frame: HashMap::default(),
+            pages: HashMap::default(),
+            known: Vec::new(),
+            heat: HashMap::default(),
+            epoch: 0,
+            overflows: 0,
+        }
+    }
+
+    /// A block by its number.
+    #[inline]
+    pub fn get(&self, index: u32) -> Option<&Block> {
+        self.blocks.get(index as usize).and_then(Option::as_ref)
+    }
+
+    fn get_mut(&mut self, index: u32) -> Option<&mut Block> {
+        self.blocks.get_mut(index as usize).and_then(Option::as_mut)
+    }
+
+    /// The block with a key.
+    pub fn lookup(&self, key: u64) -> Option<u32> {
+        self.by_key.get(&key).copied()
+    }
+
+    /// Whether there is room for one more block.
+    pub fn is_full(&self) -> bool {
+        self.by_key.len() >= MOST_BLOCKS || self.pages.len() >= CODE_PAGES
+    }
+
+    /// How many blocks there are.
+    pub fn count(&self) -> usize {
+        self.by_key.len()
+    }
+
+    /// The number that the next block will have.
+    pub fn next_number(&self) -> u32 {
+        self.free.last().copied().unwrap_or(self.blocks.len() as u32)
+    }
+
+    /// The number of the word of a page for a privilege.
+    pub fn page(&mut self, core: &mut FrameBox, frame: Hfn, user: bool) -> u32 {
+        let fresh = self.pages.len() as u32;
+        let key = frame.0 * 2 + u64::from(user);
+        *self.pages.entry(key).or_insert_with(|| {
+            *core.page_mut(fresh as usize) = UNKNOWN;
+            fresh
+        })
+    }
+
+    /// Says where a page of code is mapped now.
+    #[inline]
+    pub fn know_page(&mut self, core: &mut FrameBox, page: u32, linear: u64, global: bool) {
+        let word = core.page_mut(page as usize);
+        if *word != linear {
+            *word = linear;
+            self.known.push((page, global));
+        }
+    }
+
+    /// Forgets where pages are mapped: all, or all but global ones.
+    pub fn forget_pages(&mut self, core: &mut FrameBox, all: bool) {
+        self.known.retain(|&(page, global)| {
+            let keep = global && !all;
+            if !keep {
+                *core.page_mut(page as usize) = UNKNOWN;
+            }
+            keep
+        });
+    }
+
+    /// Whether the interpreter should execute a page for now, because its code keeps changing.
+    pub fn is_hot(&self, frame: Hfn, now: u64) -> bool {
+        self.heat.get(&frame.0).is_some_and(|h| h.count >= HOT && now.wrapping_sub(h.last) < COOLING)
+    }
+
+    /// Adds a block under [`Self::next_number`].
+    pub fn insert(&mut self, core: &mut FrameBox, block: Block) -> u32 {
+        let (key, hpa, len) = (block.key(), block.hpa, block.len);
+        let index = self.next_number();
+        if self.free.pop().is_none() {
+            self.blocks.push(None);
+        }
+        self.blocks[index as usize] = Some(block);
+        self.by_key.insert(key, index);
+        let frame = hpa.frame();
+        self.by_frame.entry(frame.0).or_default().push(index);
+        crate::cache::add_code(core, Owner::Translator, frame, granules(hpa.page_offset(), len.max(1)));
+        index
+    }
+
+    /// Links an exit of one block to another.
+    pub fn link(&mut self, from: u32, exit: u32, to: u32) {
+        let Some(target) = self.get(to) else { return };
+        let (mode, page) = (target.mode, target.page);
+        let Some(source) = self.get(from) else { return };
+        let Some(&link) = source.links.get(exit as usize) else { return };
+        if source.mode != mode || target.len == 0 || link.form != ExitForm::Page && source.page != page {
+            return;
+        }
+        let entry = target.entry(link.form);
+        if let Some(old) = link.to
+            && let Some(old) = self.get_mut(old)
+        {
+            old.incoming.retain(|&i| i != (from, exit));
+        }
+        self.arena.patch(link.operand, entry);
+        if let Some(source) = self.get_mut(from) {
+            source.links[exit as usize].to = Some(to);
+        }
+        if let Some(target) = self.get_mut(to) {
+            target.incoming.push((from, exit));
+        }
+    }
+
+    fn drop_block(&mut self, core: &mut FrameBox, index: u32) {
+        let Some(block) = self.blocks.get_mut(index as usize).and_then(Option::take) else { return };
+        self.epoch += 1;
+        self.by_key.remove(&block.key());
+        self.free.push(index);
+        if let Some(list) = self.by_frame.get_mut(&block.hpa.frame().0) {
+            list.retain(|&i| i != index);
+        }
+        for &(from, exit) in &block.incoming {
+            let Some(source) = self.blocks.get_mut(from as usize).and_then(Option::as_mut) else { continue };
+            let Some(link) = source.links.get_mut(exit as usize) else { continue };
+            link.to = None;
+            let (operand, stub) = (link.operand, link.stub);
+            self.arena.patch(operand, stub);
+        }
+        for (exit, link) in block.links.iter().enumerate() {
+            if let Some(to) = link.to
+                && let Some(target) = self.blocks.get_mut(to as usize).and_then(Option::as_mut)
+            {
+                target.incoming.retain(|&i| i != (index, exit as u32));
+            }
+        }
+        // The low 12 bits of the addresses by which it was found are known; four more name the entry.
+        let address = self.arena.address(block.entries[0]);
+        let unknown = self.unknown[block.mode.index()];
+        let targets = core.targets_mut(block.mode.index());
+        for high in 0..16 {
+            let entry = &mut targets[(high << 12) | block.hpa.page_offset() as usize];
+            if *entry == address {
+                *entry = unknown;
+            }
+        }
+    }
+
+    /// Drops the blocks made from any of these bytes, which must not leave their frame.
+    pub fn invalidate(&mut self, core: &mut FrameBox, hpa: Hpa, len: u64) {
+        let frame = hpa.frame();
+        let (from, to) = (hpa.page_offset(), hpa.page_offset() + len);
+        let Some(candidates) = self.by_frame.get(&frame.0).cloned() else { return };
+        let mut dropped = false;
+        for index in candidates {
+            let touched = self.get(index).is_some_and(|b| {
+                let start = b.hpa.page_offset();
+                start < to && from < (start + b.len.max(1)).min(PAGE_SIZE)
+            });
+            if touched {
+                self.drop_block(core, index);
+                dropped = true;
+            }
+        }
+        if dropped {
+            let now = core.ticks;
+            let heat = self.heat.entry(frame.0).or_default();
+            if now.wrapping_sub(heat.last) >= COOLING {
+                heat.count = 0;
+            }
+            *heat = Heat { count: heat.count + 1, last: now };
+        }
+        let mask = self.by_frame.get(&frame.0).into_iter().flatten().fold(0, |mask, &i| {
+            mask | self.get(i).map_or(0, |b| granules(b.hpa.page_offset(), b.len.max(1)))
+        });
+        if mask == 0 {
+            self.by_frame.remove(&frame.0);
+        }
+        crate::cache::set_code(core, Owner::Translator, frame, mask);
+    }
+
+    /// Drops everything.
+    pub fn clear(&mut self, core: &mut FrameBox) {
+        self.epoch += 1;
+        for &frame in self.by_frame.keys() {
+            crate::cache::set_code(core, Owner::Translator, Hfn(frame), 0);
+        }
+        self.forget_pages(core, true);
+        self.blocks.clear();
+        self.free.clear();
+        self.by_key.clear();
+        self.by_frame.clear();
+        self.pages.clear();
+        self.heat.clear();
+        self.arena.start_over(self.floor);
+    }
+
+    /// Makes the indirect-branch cache of a mode empty.
+    pub fn forget_targets(&self, core: &mut FrameBox, mode: usize) {
+        core.targets_mut(mode).fill(self.unknown[mode % MODES]);
+    }
+}

@@ -1,0 +1,417 @@
+//! What the translator does with an instruction: copy it with other operands, write a short sequence, call the interpreter's
+//! handler, or end the block and leave.
+//!
+//! Where it stands in the path of one access: first, once for each translated instruction. Everything that is not listed
+//! here is the interpreter's, so that a forgotten instruction is slow and never wrong.
+//!
+//! Manual: Intel SDM Vol. 2 (each instruction), Vol. 1 §3.4.3 (flags).
+
+use iced_x86::{
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, MemorySize, Mnemonic, OpKind, Register,
+};
+
+/// How an instruction is translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Nothing is emitted.
+    Nothing,
+    /// The same instruction on host registers and host memory.
+    Same,
+    /// The same, but of the flags that it may change only these are the model's: the rest stay as they were.
+    Merge(u8),
+    /// As `Same`, with the guest's RAX in the host's.
+    Accumulator,
+    /// As `Accumulator`, with flags as `Merge`.
+    AccumulatorMerge(u8),
+    /// DIV or IDIV of 32 or 64 bits.
+    Divide,
+    /// PUSH of a register or immediate.
+    Push,
+    /// PUSH of memory.
+    PushMemory,
+    /// POP of a register.
+    Pop,
+    /// LEAVE.
+    Leave,
+    /// PUSHF.
+    PushFlags,
+    /// CLI at CPL 0.
+    ClearInterrupts,
+    /// SWAPGS at CPL 0.
+    SwapGs,
+    /// Near JMP to a relative target.
+    Jump,
+    /// Jcc.
+    Branch,
+    /// Near CALL to a relative target.
+    Call,
+    /// Near CALL through a register or memory.
+    CallIndirect,
+    /// Near JMP through a register or memory.
+    JumpIndirect,
+    /// Near RET.
+    Return,
+    /// A vector instruction in code that has the vector registers elsewhere: leave, and come back with them.
+    NeedsVectors,
+    /// A call of the interpreter's handler; the block goes on.
+    Callout,
+    /// The interpreter's handler executes it outside; the block ends.
+    Exit,
+}
+
+impl Kind {
+    /// The block ends with it.
+    pub fn ends(self) -> bool {
+        matches!(
+            self,
+            Self::Jump
+                | Self::Call
+                | Self::CallIndirect
+                | Self::JumpIndirect
+                | Self::Return
+                | Self::NeedsVectors
+                | Self::Exit
+        )
+    }
+
+    /// It is not executed in the block, which is left before it.
+    pub fn is_outside(self) -> bool {
+        matches!(self, Self::NeedsVectors | Self::Exit)
+    }
+
+    /// Flags that it reads and writes, in the model.
+    pub fn flag_use(self, insn: &Instruction) -> FlagUse {
+        match self {
+            Self::Merge(taken) | Self::AccumulatorMerge(taken) => {
+                FlagUse { reads: 0, writes: taken, may_write: taken }
+            }
+            Self::Divide => {
+                let writes = flag::SF | flag::ZF | flag::AF | flag::PF;
+                FlagUse { reads: 0, writes, may_write: writes }
+            }
+            Self::Same | Self::Accumulator | Self::Branch => flag_use(insn),
+            Self::PushFlags | Self::Callout | Self::Exit | Self::NeedsVectors => {
+                FlagUse { reads: flag::ALL, writes: 0, may_write: 0 }
+            }
+            _ => FlagUse::default(),
+        }
+    }
+}
+
+/// CF, PF, AF, ZF, SF, OF as one byte: bits 0, 2, 4, 6, 7 of RFLAGS and OF in bit 1.
+pub mod flag {
+    /// CF.
+    pub const CF: u8 = 1;
+    /// OF.
+    pub const OF: u8 = 2;
+    /// PF.
+    pub const PF: u8 = 4;
+    /// AF.
+    pub const AF: u8 = 0x10;
+    /// ZF.
+    pub const ZF: u8 = 0x40;
+    /// SF.
+    pub const SF: u8 = 0x80;
+    /// All.
+    pub const ALL: u8 = CF | OF | PF | AF | ZF | SF;
+}
+
+/// iced's flag bits as ours.
+fn flags(bits: u32) -> u8 {
+    use iced_x86::RflagsBits as R;
+    let has = |bit, flag| if bits & bit != 0 { flag } else { 0 };
+    has(R::CF, flag::CF)
+        | has(R::OF, flag::OF)
+        | has(R::PF, flag::PF)
+        | has(R::AF, flag::AF)
+        | has(R::ZF, flag::ZF)
+        | has(R::SF, flag::SF)
+}
+
+/// Flags that an instruction reads and changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlagUse {
+    /// Looks at.
+    pub reads: u8,
+    /// Writes, whatever the operands are.
+    pub writes: u8,
+    /// May write.
+    pub may_write: u8,
+}
+
+/// The flags of an instruction that is executed as itself.
+pub fn flag_use(insn: &Instruction) -> FlagUse {
+    use Mnemonic as M;
+    let (reads, modified) = (flags(insn.rflags_read()), flags(insn.rflags_modified()));
+    let writes = match insn.mnemonic() {
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd => {
+            // A count of zero leaves everything alone.
+            match shift_count(insn) {
+                Some(0) => return FlagUse::default(),
+                Some(_) => modified,
+                None => 0,
+            }
+        }
+        _ => modified,
+    };
+    FlagUse { reads, writes, may_write: modified }
+}
+
+/// The count of a shift, if it is known.
+fn shift_count(insn: &Instruction) -> Option<u32> {
+    let last = insn.op_count().checked_sub(1)?;
+    let wide = insn.op0_register().is_gpr64() || insn.memory_size().size() == 8;
+    match insn.op_kind(last) {
+        OpKind::Immediate8 | OpKind::Immediate8_2nd => {
+            Some(insn.immediate(last) as u32 & if wide { 63 } else { 31 })
+        }
+        _ => None,
+    }
+}
+
+/// Whether this host leaves the flags that the manual leaves undefined as the model has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostFlags {
+    /// After shifts and rotates.
+    pub shifts: bool,
+    /// After BMI instructions.
+    pub bmi: bool,
+}
+
+/// Everything that the choice depends on beside the instruction.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    /// CPL 3.
+    pub user: bool,
+    /// The vector registers are in the host's.
+    pub vectors: bool,
+    /// AVX may be used by the guest now.
+    pub avx: bool,
+    /// See [`HostFlags`].
+    pub host: HostFlags,
+}
+
+/// How an instruction of 64-bit code is translated, if it is the translator's at all. `None` leaves it to the interpreter.
+pub fn classify(insn: &Instruction, setting: Setting) -> Option<Kind> {
+    use Mnemonic as M;
+    if insn.is_invalid() || insn.op_count() > 4 {
+        return None;
+    }
+    let mnemonic = insn.mnemonic();
+    if insn.flow_control() != FlowControl::Next {
+        return flow(insn);
+    }
+    if insn.is_string_instruction() {
+        return None;
+    }
+    let memory = (0..insn.op_count()).filter(|&i| insn.op_kind(i) == OpKind::Memory).count();
+    if memory > 1 || (0..insn.op_count()).any(|i| !plain_operand(insn, i)) {
+        return None;
+    }
+    let has_memory = memory == 1;
+    let size = insn.op0_register().size();
+    Some(match mnemonic {
+        M::Nop | M::Endbr64 | M::Endbr32 | M::Pause | M::Lfence | M::Mfence | M::Sfence => Kind::Nothing,
+        M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta | M::Prefetchw | M::Prefetch => {
+            Kind::Nothing
+        }
+        M::Mov if register_of(insn, |r| r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr()) => {
+            return None;
+        }
+        M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Lea | M::Movbe | M::Movnti | M::Bswap => Kind::Same,
+        M::Add | M::Adc | M::Sub | M::Sbb | M::Cmp | M::And | M::Or | M::Xor | M::Test => Kind::Same,
+        M::Inc | M::Dec | M::Neg | M::Not | M::Xchg | M::Xadd => Kind::Same,
+        M::Popcnt | M::Crc32 | M::Adcx | M::Adox => Kind::Same,
+        M::Stc | M::Clc | M::Cmc => Kind::Same,
+        M::Bsf | M::Bsr if size == 4 => return None,
+        M::Bsf | M::Bsr => Kind::Merge(flag::ZF),
+        M::Tzcnt | M::Lzcnt => Kind::Merge(flag::ZF | flag::CF),
+        M::Bt | M::Bts | M::Btr | M::Btc if has_memory && insn.op1_kind() == OpKind::Register => return None,
+        M::Bt | M::Bts | M::Btr | M::Btc => Kind::Merge(flag::CF),
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr if setting.host.shifts => {
+            // Reserved extensions and 8-bit and 16-bit rotates through carry by large counts are the interpreter's.
+            if mnemonic == M::Sal { return None } else { Kind::Same }
+        }
+        M::Shld | M::Shrd if setting.host.shifts && size >= 4 => Kind::Same,
+        M::Rorx | M::Sarx | M::Shlx | M::Shrx | M::Pdep | M::Pext | M::Mulx => bmi_without_flags(insn)?,
+        M::Andn | M::Blsi | M::Blsr | M::Blsmsk | M::Bzhi | M::Bextr if setting.host.bmi => Kind::Same,
+        M::Imul if insn.op_count() >= 2 => Kind::Merge(flag::CF | flag::OF),
+        M::Mul | M::Imul if size_of_operand(insn) >= 2 => Kind::AccumulatorMerge(flag::CF | flag::OF),
+        M::Div | M::Idiv if size_of_operand(insn) >= 4 => Kind::Divide,
+        M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo => Kind::Accumulator,
+        M::Cmpxchg if has_memory || size != 4 => Kind::Accumulator,
+        M::Push if insn.code() == Code::Push_rm16 || insn.code() == Code::Push_r16 => return None,
+        M::Push if has_memory => Kind::PushMemory,
+        M::Push if insn.op0_kind() == OpKind::Register && !insn.op0_register().is_gpr64() => return None,
+        M::Push if matches!(insn.code(), Code::Push_imm16 | Code::Pushw_imm8) => return None,
+        M::Push => Kind::Push,
+        M::Pop if insn.op0_kind() == OpKind::Register && insn.op0_register().is_gpr64() => Kind::Pop,
+        M::Leave if insn.code() == Code::Leaveq => Kind::Leave,
+        M::Pushfq => Kind::PushFlags,
+        M::Cli if !setting.user => Kind::ClearInterrupts,
+        M::Swapgs if !setting.user => Kind::SwapGs,
+        _ if conditional_move(mnemonic) => Kind::Same,
+        _ => return vector(insn, setting),
+    })
+}
+
+fn flow(insn: &Instruction) -> Option<Kind> {
+    use Mnemonic as M;
+    let near = insn.op0_kind() == OpKind::NearBranch64;
+    Some(match insn.mnemonic() {
+        M::Jmp if near => Kind::Jump,
+        M::Call if near => Kind::Call,
+        M::Jmp if insn.is_jmp_near_indirect() && wide_indirect(insn) => Kind::JumpIndirect,
+        M::Call if insn.is_call_near_indirect() && wide_indirect(insn) => Kind::CallIndirect,
+        M::Ret if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16) => Kind::Return,
+        M::Loop | M::Loope | M::Loopne | M::Jrcxz | M::Jecxz => return None,
+        _ if near && insn.is_jcc_short_or_near() => Kind::Branch,
+        _ => return None,
+    })
+}
+
+fn wide_indirect(insn: &Instruction) -> bool {
+    matches!(insn.code(), Code::Jmp_rm64 | Code::Call_rm64)
+}
+
+fn plain_operand(insn: &Instruction, operand: u32) -> bool {
+    use OpKind::*;
+    matches!(
+        insn.op_kind(operand),
+        Register
+            | Memory
+            | Immediate8
+            | Immediate8_2nd
+            | Immediate16
+            | Immediate32
+            | Immediate64
+            | Immediate8to16
+            | Immediate8to32
+            | Immediate8to64
+            | Immediate32to64
+    )
+}
+
+fn register_of(insn: &Instruction, test: impl Fn(Register) -> bool) -> bool {
+    (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && test(insn.op_register(i)))
+}
+
+/// Size of the only operand.
+fn size_of_operand(insn: &Instruction) -> usize {
+    if insn.op0_kind() == OpKind::Register { insn.op0_register().size() } else { insn.memory_size().size() }
+}
+
+/// BMI2 without flags. MULX takes RDX implicitly, which is in its place; three registers at once may be too many.
+fn bmi_without_flags(_insn: &Instruction) -> Option<Kind> {
+    Some(Kind::Same)
+}
+
+fn conditional_move(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Cmovo
+            | M::Cmovno
+            | M::Cmovb
+            | M::Cmovae
+            | M::Cmove
+            | M::Cmovne
+            | M::Cmovbe
+            | M::Cmova
+            | M::Cmovs
+            | M::Cmovns
+            | M::Cmovp
+            | M::Cmovnp
+            | M::Cmovl
+            | M::Cmovge
+            | M::Cmovle
+            | M::Cmovg
+            | M::Seto
+            | M::Setno
+            | M::Setb
+            | M::Setae
+            | M::Sete
+            | M::Setne
+            | M::Setbe
+            | M::Seta
+            | M::Sets
+            | M::Setns
+            | M::Setp
+            | M::Setnp
+            | M::Setl
+            | M::Setge
+            | M::Setle
+            | M::Setg
+    )
+}
+
+/// SSE and AVX instructions that work on explicit operands.
+fn vector(insn: &Instruction, setting: Setting) -> Option<Kind> {
+    use Mnemonic as M;
+    let features = insn.cpuid_features();
+    let sse = |f: &CpuidFeature| {
+        use CpuidFeature as F;
+        matches!(
+            f,
+            F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::AES | F::PCLMULQDQ | F::SHA
+        )
+    };
+    let legacy = insn.encoding() == EncodingKind::Legacy && features.iter().all(sse);
+    if !legacy {
+        return None;
+    }
+    // MMX registers are the x87 unit's.
+    if register_of(insn, Register::is_mm) {
+        return None;
+    }
+    let excluded = matches!(
+        insn.mnemonic(),
+        M::Maskmovdqu
+            | M::Ldmxcsr
+            | M::Stmxcsr
+            | M::Pcmpestri
+            | M::Pcmpestrm
+            | M::Rcpps
+            | M::Rcpss
+            | M::Rsqrtps
+            | M::Rsqrtss
+            | M::Clflush
+            | M::Monitor
+            | M::Mwait
+            | M::Fisttp
+    );
+    if excluded || !register_of(insn, Register::is_xmm) {
+        return None;
+    }
+    let _ = setting.avx;
+    Some(if setting.vectors { Kind::Same } else { Kind::NeedsVectors })
+}
+
+/// Whether the memory operand of a vector instruction must lie on a boundary of its size.
+pub fn must_be_aligned(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    let size = insn.memory_size().size();
+    if insn.encoding() != EncodingKind::Legacy || size != 16 || !register_of(insn, Register::is_xmm) {
+        return false;
+    }
+    !matches!(
+        insn.mnemonic(),
+        M::Movups
+            | M::Movupd
+            | M::Movdqu
+            | M::Lddqu
+            | M::Pcmpistri
+            | M::Pcmpistrm
+            | M::Pcmpestri
+            | M::Pcmpestrm
+    )
+}
+
+/// How many bytes the memory operand has; 0 if it is not accessed.
+pub fn access_size(insn: &Instruction) -> u32 {
+    match insn.mnemonic() {
+        Mnemonic::Lea => 0,
+        _ if insn.memory_size() == MemorySize::Unknown => 0,
+        _ => insn.memory_size().size() as u32,
+    }
+}

@@ -1,0 +1,43 @@
+//! The translator: 64-bit guest code translated to host code, block by block, on demand.
+//!
+//! Host and guest have the same instructions, so most of them are copied with other registers; what touches memory gets a
+//! TLB check before it; what belongs to the machine is called out to the interpreter's handlers. The interpreter is the
+//! reference and the way out: at anything unusual the code is left *before* the instruction, and the interpreter executes
+//! it. Both engines give the same guest at every tick.
+//!
+//! The path of one access: `check` in [`emit`] (a hit: eight instructions) → [`gates`] → `refill` in [`run`] →
+//! [`crate::memory`]'s walk → [`crate::tlb_inline`]; what cannot be filled → the interpreter → a fault, an exit, a device.
+//!
+//! Read in this order: [`layout`], [`mode`], [`classify`], [`block`], [`emit`], [`flow`], [`stack`], [`gates`], [`blocks`],
+//! [`run`].
+//!
+//! Guests are hostile: translated code reaches guest memory only through the check, whose entries were filled for whole
+//! pages of guest frames; everything else that it touches is at constant distances from RSP. A guest chooses which of the
+//! sequences here are joined, never their bytes outside the copied instruction.
+//!
+//! Manual: Intel SDM Vol. 3 §11.6 (self-modifying code), Vol. 2 (instructions).
+
+pub mod arena;
+pub mod asm;
+pub mod block;
+pub mod blocks;
+pub mod classify;
+pub mod emit;
+pub mod flow;
+pub mod frame;
+pub mod gates;
+pub mod host_flags;
+pub mod layout;
+pub mod mode;
+pub mod recode;
+pub mod run;
+pub mod stack;
+
+pub use frame::FrameBox;
+pub use layout::Hot;
+pub use run::{Next, Translator};
+
+/// Exits of one block at most: a conditional branch at every instruction, and one at the end.
+pub const MOST_EXITS: u32 = 128;
+/// An exit that is not to be linked.
+pub const NO_LINK: u32 = u32::MAX;

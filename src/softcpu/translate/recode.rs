@@ -1,0 +1,172 @@
+//! Encodings with a register built in, replaced by those that name it: the guest's RAX is not in the host's.
+//!
+//! Where it stands in the path of one access: [`super::emit`] calls it before it gives an instruction other operands.
+//!
+//! Manual: Intel SDM Vol. 2, the opcode tables: `op AL/AX/EAX/RAX, imm`, `XCHG rAX, r`, `MOV` with a memory offset.
+
+use iced_x86::{Code, Instruction};
+
+/// Gives an instruction the encoding in which each register can be any.
+pub fn without_fixed_registers(insn: &mut Instruction) {
+    if let Some(code) = general(insn.code()) {
+        insn.set_code(code);
+    }
+}
+
+macro_rules! accumulator_forms {
+    ($code:expr, $($name:ident),*) => {
+        paste_codes!($code, $($name),*)
+    };
+}
+
+macro_rules! paste_codes {
+    ($code:expr, $($name:ident),*) => {
+        match $code {
+            $(
+                c if c == codes::$name::AL => Some(codes::$name::RM8),
+                c if c == codes::$name::AX => Some(codes::$name::RM16),
+                c if c == codes::$name::EAX => Some(codes::$name::RM32),
+                c if c == codes::$name::RAX => Some(codes::$name::RM64),
+            )*
+            _ => None,
+        }
+    };
+}
+
+/// The forms with an immediate of each instruction that has a short one for the accumulator.
+mod codes {
+    macro_rules! forms {
+        ($name:ident, $al:ident, $ax:ident, $eax:ident, $rax:ident, $rm8:ident, $rm16:ident, $rm32:ident, $rm64:ident) => {
+            pub mod $name {
+                use iced_x86::Code;
+                pub const AL: Code = Code::$al;
+                pub const AX: Code = Code::$ax;
+                pub const EAX: Code = Code::$eax;
+                pub const RAX: Code = Code::$rax;
+                pub const RM8: Code = Code::$rm8;
+                pub const RM16: Code = Code::$rm16;
+                pub const RM32: Code = Code::$rm32;
+                pub const RM64: Code = Code::$rm64;
+            }
+        };
+    }
+    forms!(
+        add,
+        Add_AL_imm8,
+        Add_AX_imm16,
+        Add_EAX_imm32,
+        Add_RAX_imm32,
+        Add_rm8_imm8,
+        Add_rm16_imm16,
+        Add_rm32_imm32,
+        Add_rm64_imm32
+    );
+    forms!(
+        or,
+        Or_AL_imm8,
+        Or_AX_imm16,
+        Or_EAX_imm32,
+        Or_RAX_imm32,
+        Or_rm8_imm8,
+        Or_rm16_imm16,
+        Or_rm32_imm32,
+        Or_rm64_imm32
+    );
+    forms!(
+        adc,
+        Adc_AL_imm8,
+        Adc_AX_imm16,
+        Adc_EAX_imm32,
+        Adc_RAX_imm32,
+        Adc_rm8_imm8,
+        Adc_rm16_imm16,
+        Adc_rm32_imm32,
+        Adc_rm64_imm32
+    );
+    forms!(
+        sbb,
+        Sbb_AL_imm8,
+        Sbb_AX_imm16,
+        Sbb_EAX_imm32,
+        Sbb_RAX_imm32,
+        Sbb_rm8_imm8,
+        Sbb_rm16_imm16,
+        Sbb_rm32_imm32,
+        Sbb_rm64_imm32
+    );
+    forms!(
+        and,
+        And_AL_imm8,
+        And_AX_imm16,
+        And_EAX_imm32,
+        And_RAX_imm32,
+        And_rm8_imm8,
+        And_rm16_imm16,
+        And_rm32_imm32,
+        And_rm64_imm32
+    );
+    forms!(
+        sub,
+        Sub_AL_imm8,
+        Sub_AX_imm16,
+        Sub_EAX_imm32,
+        Sub_RAX_imm32,
+        Sub_rm8_imm8,
+        Sub_rm16_imm16,
+        Sub_rm32_imm32,
+        Sub_rm64_imm32
+    );
+    forms!(
+        xor,
+        Xor_AL_imm8,
+        Xor_AX_imm16,
+        Xor_EAX_imm32,
+        Xor_RAX_imm32,
+        Xor_rm8_imm8,
+        Xor_rm16_imm16,
+        Xor_rm32_imm32,
+        Xor_rm64_imm32
+    );
+    forms!(
+        cmp,
+        Cmp_AL_imm8,
+        Cmp_AX_imm16,
+        Cmp_EAX_imm32,
+        Cmp_RAX_imm32,
+        Cmp_rm8_imm8,
+        Cmp_rm16_imm16,
+        Cmp_rm32_imm32,
+        Cmp_rm64_imm32
+    );
+    forms!(
+        test,
+        Test_AL_imm8,
+        Test_AX_imm16,
+        Test_EAX_imm32,
+        Test_RAX_imm32,
+        Test_rm8_imm8,
+        Test_rm16_imm16,
+        Test_rm32_imm32,
+        Test_rm64_imm32
+    );
+}
+
+fn general(code: Code) -> Option<Code> {
+    let moved = match code {
+        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
+        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
+        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
+        Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
+        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
+        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
+        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
+        Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        Code::Xchg_r16_AX => Code::Xchg_rm16_r16,
+        Code::Xchg_r32_EAX => Code::Xchg_rm32_r32,
+        Code::Xchg_r64_RAX => Code::Xchg_rm64_r64,
+        _ => {
+            return accumulator_forms!(code, add, or, adc, sbb, and, sub, xor, cmp, test);
+        }
+    };
+    Some(moved)
+}

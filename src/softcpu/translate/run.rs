@@ -1,0 +1,550 @@
+#![allow(unsafe_code, reason = "enters translated code, which calls back with the frame's address")]
+//! The dispatcher: finds or translates the block at RIP, enters it, and acts on why it was left.
+//!
+//! Where it stands in the path of one access: a TLB check that misses calls [`refill`] here, which walks as the interpreter
+//! would; what it cannot fill makes the interpreter execute the instruction.
+//!
+//! **Time.** A block takes what it will execute from the budget when it is entered, and what was not executed is given back
+//! when it is left on the way, so that ticks are exact at every exit. A block that would not end before the deadline is the
+//! interpreter's. So is everything within [`RESERVE`] ticks of it: flags that are written again before anybody could see
+//! them are not kept at a block's entry, and nobody may look so soon.
+
+use super::arena::Arena;
+use super::asm::Asm;
+use super::block::{self, Emission, Parts};
+use super::blocks::{Block, Blocks, Link, key};
+use super::classify::{HostFlags, Setting};
+use super::emit::{Emitter, FlagState, Wants};
+use super::frame::{self, FrameBox, MODES};
+use super::gates::{self, Gates, Reason};
+use super::mode::Mode;
+use super::{MOST_EXITS, NO_LINK, host_flags};
+use crate::core::{Attention, Core};
+use crate::flags::bit;
+use crate::op::{Op, REG_IP, Stop};
+use crate::tlb::TlbSide;
+use guestmem::{Gva, Hpa, PAGE_SIZE};
+use iced_x86::{Encoder, InstructionInfoFactory};
+use mmu::{AccessKind, Counter};
+use std::io;
+
+/// Bytes of translated code kept at most, unless the user says otherwise.
+pub const CODE_BYTES: usize = 64 << 20;
+/// Instructions at the end of a run that are the interpreter's.
+const RESERVE: i64 = block::MOST as i64;
+/// More than any budget; taken from it to be left soon.
+const WITHHELD: i64 = 1 << 40;
+const BUDGET_LIMIT: u64 = 1 << 39;
+const RSP: usize = 4;
+
+const JUMPS: usize = 4096;
+const NO_BLOCK: u32 = u32::MAX;
+
+#[derive(Clone, Copy)]
+struct Jump {
+    ip: u64,
+    context: u64,
+    block: u32,
+}
+
+const NO_JUMP: Jump = Jump { ip: 0, context: 0, block: NO_BLOCK };
+
+/// What is to be done after translated code has run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Look at time and attention, and come again.
+    Look,
+    /// The interpreter is to execute at most so many instructions.
+    Interpret(usize),
+}
+
+/// The translator of one CPU.
+pub struct Translator {
+    blocks: Blocks,
+    asm: Asm,
+    encoder: Encoder,
+    info: InstructionInfoFactory,
+    gates: [Gates; 2],
+    host: HostFlags,
+    jumps: Box<[Jump; JUMPS]>,
+    /// Modes whose indirect-branch cache is in order.
+    ready: [bool; MODES],
+    /// Fetch generation, context and global generation that the words of pages belong to.
+    seen: (u64, u64, u64),
+    /// The kernel uses vector registers.
+    kernel_vectors: bool,
+    /// Every flag is kept everywhere, so that there is no reserve: for tests that look at every tick.
+    tight: bool,
+}
+
+/// The arithmetic flags as `LAHF; SETO AL` leave them.
+fn to_saved(flags: u64) -> u64 {
+    (flags & (bit::ARITHMETIC & !bit::OF) | bit::ONE) << 8 | u64::from(flags & bit::OF != 0)
+}
+
+/// The reverse.
+fn from_saved(saved: u64) -> u64 {
+    saved >> 8 & (bit::ARITHMETIC & !bit::OF) | if saved & 1 != 0 { bit::OF } else { 0 }
+}
+
+impl Translator {
+    /// A translator with nothing translated, and `bytes` of room for code.
+    pub fn new(bytes: usize) -> io::Result<Self> {
+        let mut arena = Arena::new(bytes)?;
+        let mut asm = Asm::default();
+        let mut sets = [Gates::default(); 2];
+        for (set, vectors) in sets.iter_mut().zip([false, true]) {
+            let (gates, code) = gates::build(&mut asm, arena.used(), vectors)
+                .ok_or_else(|| io::Error::other("a gate of the translator has an open end"))?;
+            arena.room(code.len()).ok_or_else(|| io::Error::other("no room for the translator's gates"))?;
+            arena.place(&code);
+            *set = gates;
+        }
+        let unknown = std::array::from_fn(|mode| arena.address(sets[usize::from(mode & 4 != 0)].indirect));
+        Ok(Self {
+            blocks: Blocks::new(arena, unknown),
+            asm,
+            encoder: Encoder::new(64),
+            info: InstructionInfoFactory::new(),
+            gates: sets,
+            host: host_flags::probe(),
+            jumps: Box::new([NO_JUMP; JUMPS]),
+            ready: [false; MODES],
+            seen: (0, 0, 0),
+            kernel_vectors: false,
+            tight: false,
+        })
+    }
+
+    /// Keeps every flag everywhere and runs up to the very deadline; drops everything translated before.
+    pub fn set_tight(&mut self, core: &mut FrameBox, tight: bool) {
+        self.clear(core);
+        self.tight = tight;
+    }
+
+    /// Drops everything.
+    pub fn clear(&mut self, core: &mut FrameBox) {
+        core.counters.add(Counter::BlocksInvalidated, self.blocks.count() as u64);
+        self.blocks.clear(core);
+        self.jumps.fill(NO_JUMP);
+        self.ready = [false; MODES];
+    }
+
+    /// Drops what was made from these bytes.
+    pub fn invalidate(&mut self, core: &mut FrameBox, hpa: Hpa, len: u64) {
+        let before = self.blocks.count();
+        let (mut at, mut left) = (hpa, len);
+        while left > 0 {
+            let part = left.min(PAGE_SIZE - at.page_offset());
+            self.blocks.invalidate(core, at, part);
+            at = at.wrapping_add(part);
+            left -= part;
+        }
+        let dropped = before - self.blocks.count();
+        if dropped != 0 {
+            core.counters.add(Counter::BlocksInvalidated, dropped as u64);
+            self.jumps.fill(NO_JUMP);
+        }
+    }
+
+    /// Bytes of code in use.
+    pub fn code_bytes(&self) -> usize {
+        self.blocks.arena.used()
+    }
+
+    /// Whether vector instructions may be executed by the host under the guest's MXCSR.
+    fn vectors_usable(core: &Core) -> bool {
+        const EM: u64 = 1 << 2;
+        const TS: u64 = 1 << 3;
+        const OSFXSR: u64 = 1 << 9;
+        const MASKS: u32 = 0x1f80;
+        core.paging.cr0 & (EM | TS) == 0 && core.paging.cr4 & OSFXSR != 0 && core.fpu.mxcsr() & MASKS == MASKS
+    }
+
+    fn mode(&mut self, core: &Core) -> Option<Mode> {
+        let vectors = if core.cpl == 3 {
+            self.kernel_vectors = false;
+            Self::vectors_usable(core)
+        } else {
+            self.kernel_vectors && Self::vectors_usable(core)
+        };
+        Mode::of(core, vectors)
+    }
+
+    /// Runs translated code as long as nothing else is to be looked at.
+    pub fn run(&mut self, core: &mut FrameBox) -> Result<Next, Stop> {
+        // An exit that waits to be linked to the block that is found next.
+        let mut from = None;
+        loop {
+            let Some(mode) = self.mode(core) else { return Ok(Next::Interpret(usize::MAX)) };
+            self.check_mappings(core);
+            let index = self.find(core, mode)?;
+            let Some(block) = self.blocks.get(index).filter(|b| b.len != 0) else {
+                return Ok(Next::Interpret(usize::MAX));
+            };
+            let room = (core.deadline - core.ticks).min(BUDGET_LIMIT) as i64;
+            let budget = room - if self.tight { 0 } else { RESERVE };
+            if budget < i64::from(block.count) || budget <= 0 {
+                return Ok(Next::Interpret(usize::MAX));
+            }
+            let entry = block.entries[1];
+            if let Some((epoch, from, exit)) = from.take()
+                && epoch == self.blocks.epoch
+            {
+                self.blocks.link(from, exit, index);
+            }
+            let reason = self.enter(core, mode, entry, budget);
+            let page = core.hot.page;
+            let left_at = page.wrapping_add(u64::from(core.hot.exit_offset));
+            match reason {
+                Reason::Link => {
+                    let target = core.hot.enter_page.wrapping_add(u64::from(core.hot.exit_offset));
+                    core.regs[usize::from(REG_IP)] = target;
+                    if core.hot.link != NO_LINK {
+                        let link = core.hot.link;
+                        from = Some((self.blocks.epoch, link / MOST_EXITS, link % MOST_EXITS));
+                    }
+                }
+                Reason::Indirect => {
+                    let target = core.regs[usize::from(REG_IP)];
+                    if !Gva(target).is_canonical(core.paging.linear_bits()) {
+                        // The fault is the branch's.
+                        let site = core.hot.site;
+                        core.ticks -= 1;
+                        core.regs[RSP] = core.regs[RSP].wrapping_sub(u64::from(site >> 12));
+                        core.regs[usize::from(REG_IP)] = page.wrapping_add(u64::from(site & 0xfff));
+                        return Ok(Next::Interpret(1));
+                    }
+                    self.know_target(core, mode, target)?;
+                }
+                Reason::Budget => {
+                    core.regs[usize::from(REG_IP)] = left_at;
+                    return Ok(Next::Look);
+                }
+                Reason::Interpret => {
+                    core.regs[usize::from(REG_IP)] = left_at;
+                    return Ok(Next::Interpret(1));
+                }
+                Reason::Vectors => {
+                    core.regs[usize::from(REG_IP)] = left_at;
+                    if core.ticks >= core.deadline {
+                        return Ok(Next::Look);
+                    }
+                    if mode.user() || !Self::vectors_usable(core) {
+                        return Ok(Next::Interpret(1));
+                    }
+                    self.kernel_vectors = true;
+                }
+                Reason::Stopped => return Err(stop_from(core.hot.stopped)),
+                Reason::Op => {
+                    core.regs[usize::from(REG_IP)] = left_at;
+                    if core.ticks >= core.deadline {
+                        return Ok(Next::Look);
+                    }
+                    self.last_op(core)?;
+                }
+            }
+            if !core.attention.is_empty() || core.ticks >= core.deadline {
+                return Ok(Next::Look);
+            }
+        }
+    }
+
+    /// Enters the block at RIP and settles time and flags when it is left.
+    #[inline]
+    fn enter(&mut self, core: &mut FrameBox, mode: Mode, entry: usize, budget: i64) -> Reason {
+        let gate = self.blocks.arena.address(self.gates[usize::from(mode.vectors())].enter);
+        let code = self.blocks.arena.address(entry);
+        let flags = to_saved(core.flags.arithmetic());
+        let fpu = std::ptr::from_mut(&mut *core.fpu) as u64;
+        let page = core.regs[usize::from(REG_IP)] & !0xfff;
+        let hot = &mut core.hot;
+        (hot.budget, hot.flags, hot.enter_page, hot.fpu) = (budget, flags, page, fpu);
+        (hot.undone, hot.withheld) = (0, 0);
+        let pointer = core.pointer();
+        // SAFETY: the gate and the block are of the set of this mode, the frame was prepared above, and `find` has set the
+        // page's word. Translated code touches the frame, guest memory through checked addresses, and nothing else; while
+        // it runs nobody else uses the frame.
+        let reason = unsafe { gates::enter(gate, pointer, code) };
+        let hot = &core.hot;
+        let left = hot.budget + hot.withheld + i64::from(hot.undone);
+        let flags = from_saved(hot.flags);
+        core.ticks += (budget - left) as u64;
+        core.flags.set_arithmetic(flags);
+        // The gates give no other number.
+        Reason::from_number(reason).unwrap_or(Reason::Interpret)
+    }
+
+    /// Executes the handler that ended a block.
+    fn last_op(&mut self, core: &mut FrameBox) -> Result<(), Stop> {
+        // SAFETY: the pointer is that of an operand in the block that was just left; nothing was dropped since.
+        let op = unsafe { &*(core.hot.op as *const Op) };
+        let next = core.regs[usize::from(REG_IP)].wrapping_add(u64::from(op.next));
+        let branch = op.branch;
+        (op.run)(core, op)?;
+        core.ticks += 1;
+        if !branch {
+            core.regs[usize::from(REG_IP)] = next & core.ip_mask;
+        }
+        Ok(())
+    }
+
+    /// Forgets where pages are mapped when that may have changed.
+    #[inline]
+    fn check_mappings(&mut self, core: &mut FrameBox) {
+        let tlb = &core.tlb;
+        let now = (tlb.fetch_generation, tlb.fetch_key & !3, tlb.global_generation);
+        if now != self.seen {
+            let all = now.2 != self.seen.2;
+            self.seen = now;
+            self.blocks.forget_pages(core, all);
+        }
+    }
+
+    /// Finds or translates the block at RIP, and notes where its page is mapped.
+    #[inline]
+    fn find(&mut self, core: &mut FrameBox, mode: Mode) -> Result<u32, Stop> {
+        let ip = core.regs[usize::from(REG_IP)];
+        let context = core.tlb.fetch_generation << 20 | core.tlb.fetch_key << 4 | mode.index() as u64;
+        let slot = ((ip >> 1) ^ (ip >> 13)) as usize % JUMPS;
+        let jump = self.jumps[slot];
+        if jump.ip == ip && jump.context == context && jump.block != NO_BLOCK {
+            if let Some(block) = self.blocks.get(jump.block) {
+                let page = block.page;
+                // Whether the mapping is global is not known here; to forget too much is safe.
+                self.blocks.know_page(core, page, ip & !0xfff, false);
+            }
+            return Ok(jump.block);
+        }
+        self.find_slow(core, mode, ip, context, slot)
+    }
+
+    #[cold]
+    fn find_slow(
+        &mut self,
+        core: &mut FrameBox,
+        mode: Mode,
+        ip: u64,
+        context: u64,
+        slot: usize,
+    ) -> Result<u32, Stop> {
+        let hpa = core.translate_fetch(ip)?;
+        if !self.ready[mode.index()] {
+            self.blocks.forget_targets(core, mode.index());
+            self.ready[mode.index()] = true;
+        }
+        let index = match self.blocks.lookup(key(hpa, mode)) {
+            Some(index) => index,
+            None if self.blocks.is_hot(hpa.frame(), core.ticks) => return Ok(NO_BLOCK),
+            None => self.translate(core, mode, hpa),
+        };
+        let global = core.tlb.fetch.is_global(ip, core.tlb.fetch_key);
+        if let Some(block) = self.blocks.get(index) {
+            let page = block.page;
+            self.blocks.know_page(core, page, ip & !0xfff, global);
+        }
+        self.jumps[slot] = Jump { ip, context, block: index };
+        Ok(index)
+    }
+
+    /// Lets indirect branches find the block at `target`, if it is translated already.
+    fn know_target(&mut self, core: &mut FrameBox, mode: Mode, target: u64) -> Result<(), Stop> {
+        let index = self.find(core, mode)?;
+        if let Some(block) = self.blocks.get(index).filter(|b| b.len != 0) {
+            let address = self.blocks.arena.address(block.entries[0]);
+            core.targets_mut(mode.index())[(target & 0xffff) as usize] = address;
+        }
+        Ok(())
+    }
+
+    /// Translates the block at a physical address.
+    fn translate(&mut self, core: &mut FrameBox, mode: Mode, hpa: Hpa) -> u32 {
+        if self.blocks.is_full() {
+            self.overflow(core);
+        }
+        let frame = hpa.frame();
+        let mut bytes = [0; 4096];
+        core.memory.host().read(hpa.page_base(), &mut bytes);
+        let setting = Setting { user: mode.user(), vectors: mode.vectors(), avx: false, host: self.host };
+        let offset = hpa.page_offset() as u32;
+        let decoded = block::decode(core, &bytes, offset, setting, self.tight);
+        let page = self.blocks.page(core, frame, mode.user());
+        if decoded.insns.is_empty() {
+            return self.blocks.insert(core, untranslated(hpa, mode, page));
+        }
+        core.counters.count(Counter::BlocksDecoded);
+        for _ in 0..2 {
+            if let Some(index) = self.emit(core, mode, hpa, page, &bytes, &decoded) {
+                return index;
+            }
+            // No room: everything goes, and the page has another number then.
+            self.overflow(core);
+            let page = self.blocks.page(core, frame, mode.user());
+            if let Some(index) = self.emit(core, mode, hpa, page, &bytes, &decoded) {
+                return index;
+            }
+        }
+        let page = self.blocks.page(core, frame, mode.user());
+        self.blocks.insert(core, untranslated(hpa, mode, page))
+    }
+
+    fn overflow(&mut self, core: &mut FrameBox) {
+        self.blocks.overflows += 1;
+        self.clear(core);
+        // The modes in use are in order again at once.
+        for mode in 0..MODES {
+            self.blocks.forget_targets(core, mode);
+        }
+        self.ready = [true; MODES];
+    }
+
+    fn emit(
+        &mut self,
+        core: &mut FrameBox,
+        mode: Mode,
+        hpa: Hpa,
+        page: u32,
+        bytes: &[u8; 4096],
+        decoded: &block::Decoded,
+    ) -> Option<u32> {
+        let count = decoded.insns.iter().filter(|i| !i.kind.is_outside()).count() as u32;
+        let gates = self.gates[usize::from(mode.vectors())];
+        let linear_bits = core.paging.linear_bits();
+        self.asm.reset();
+        let to = Emitter::new(
+            &mut self.asm,
+            &mut self.encoder,
+            &mut self.info,
+            mode,
+            gates,
+            linear_bits,
+            count,
+            FlagState::Saved,
+        );
+        let parts = Parts {
+            bytes,
+            page_word: frame::page_word(page as usize),
+            targets: frame::targets(mode.index()),
+            block: self.blocks.next_number(),
+        };
+        let mut emission = Emission { to, parts, ops: Vec::new(), exits: Vec::new() };
+        let entries = emission.block(core, decoded)?;
+        let (ops, exits) = (emission.ops, emission.exits);
+        let origin = self.blocks.arena.room(self.asm.size())?;
+        let code = self.asm.finish(origin)?;
+        self.blocks.arena.place(&code);
+        let at = |label| self.asm.offset(label).map(|offset| origin + offset);
+        let links = exits
+            .iter()
+            .map(|e| Some(Link { operand: at(e.operand)?, stub: at(e.stub)?, form: e.form, to: None }))
+            .collect::<Option<Vec<_>>>()?;
+        let block = Block {
+            hpa,
+            len: u64::from(decoded.end) - hpa.page_offset(),
+            mode,
+            page,
+            count,
+            entries: [at(entries.indirect)?, at(entries.page)?, at(entries.host)?, at(entries.saved)?],
+            links,
+            incoming: Vec::new(),
+            ops,
+        };
+        Some(self.blocks.insert(core, block))
+    }
+}
+
+/// A block that is left to the interpreter.
+fn untranslated(hpa: Hpa, mode: Mode, page: u32) -> Block {
+    Block {
+        hpa,
+        len: 0,
+        mode,
+        page,
+        count: 0,
+        entries: [0; 4],
+        links: Vec::new(),
+        incoming: Vec::new(),
+        ops: Vec::new(),
+    }
+}
+
+fn stop_from(number: u64) -> Stop {
+    match number {
+        0 => Stop::Exception,
+        1 => Stop::Exit,
+        _ => Stop::CodeWrite,
+    }
+}
+
+/// Makes translated code be left at the next block when something came up.
+#[inline]
+fn leave_soon(core: &mut Core) {
+    if !core.attention.difference(Attention::WINDOW).is_empty() && core.hot.withheld == 0 {
+        core.hot.budget -= WITHHELD;
+        core.hot.withheld = WITHHELD;
+    }
+}
+
+/// Called by translated code: executes an instruction by its handler. 0: go on.
+///
+/// # Safety
+/// `core` must be the frame that was entered, and `op` an operand that the running block owns.
+pub unsafe extern "sysv64" fn callout(core: *mut Core, op: *const Op) -> u64 {
+    // SAFETY: the caller guarantees both, and nobody else uses the frame meanwhile.
+    let (core, op) = unsafe { (&mut *core, &*op) };
+    core.flags.set_arithmetic(from_saved(core.hot.flags));
+    core.regs[usize::from(REG_IP)] = core.hot.page.wrapping_add(u64::from(core.hot.exit_offset));
+    match (op.run)(core, op) {
+        Ok(()) => {
+            core.hot.undone = 0;
+            core.hot.flags = to_saved(core.flags.arithmetic());
+            // A handler may have put another context in place.
+            core.hot.fpu = std::ptr::from_mut(&mut *core.fpu) as u64;
+            leave_soon(core);
+            0
+        }
+        Err(stop) => {
+            core.hot.flags = to_saved(core.flags.arithmetic());
+            core.hot.stopped = match stop {
+                Stop::Exception => 0,
+                Stop::Exit => 1,
+                Stop::CodeWrite => 2,
+            };
+            1
+        }
+    }
+}
+
+/// Called by translated code: fills the inline TLB for an access. 0: the interpreter must look at it.
+///
+/// What it counts is what the interpreter would count for the same access, whichever of them completes it.
+///
+/// # Safety
+/// `core` must be the frame that was entered.
+pub unsafe extern "sysv64" fn refill(core: *mut Core, lin: u64, wanted: u64) -> u64 {
+    // SAFETY: the caller guarantees it, and nobody else uses the frame meanwhile.
+    let core = unsafe { &mut *core };
+    let (size, segment) = (wanted & 0xff, (wanted >> 16) as u8);
+    let both = wanted >> 8 & 0xff == Wants::Both as u64;
+    let write = both || wanted >> 8 & 0xff == Wants::Write as u64;
+    if lin & 0xfff > PAGE_SIZE - size {
+        return 0;
+    }
+    let (side, kind) =
+        if write { (TlbSide::Write, AccessKind::Write) } else { (TlbSide::Read, AccessKind::Read) };
+    if core.tlb.fill_inline(side, lin) {
+        return 1;
+    }
+    let counters = core.counters.clone();
+    let filled = core.translate(lin, kind, crate::memory::Who::Current, segment, size).is_ok()
+        && core.tlb.fill_inline(side, lin)
+        && (!both
+            || core.translate(lin, AccessKind::Read, crate::memory::Who::Current, segment, size).is_ok());
+    if !filled {
+        core.counters = counters;
+        (core.exit, core.failure) = (None, None);
+        return 0;
+    }
+    leave_soon(core);
+    1
+}

@@ -1,0 +1,171 @@
+//! Stack instructions, division, and instructions on state that is in the frame.
+//!
+//! Manual: Intel SDM Vol. 2 "PUSH", "POP", "LEAVE", "PUSHF", "DIV", "IDIV", "CLI", "SWAPGS".
+
+use super::asm::{Mem, cc, host};
+use super::block::Insn;
+use super::emit::{Address, Emitter, FlagState, TooMany, Wants};
+use super::layout::{Home, field, home, hot, segment_base};
+use crate::core::{Core, Msrs};
+use crate::flags::bit;
+use iced_x86::{Instruction, OpKind};
+use std::mem::offset_of;
+use vcpu::Segment;
+use vcpu::state::seg;
+
+const RAX: u8 = host::RAX;
+const R10: u8 = host::R10;
+const R11: u8 = host::R11;
+
+impl Emitter<'_> {
+    /// Checks the slot below the top of the stack; its host address is in RAX.
+    fn check_push(&mut self) -> Result<(), TooMany> {
+        self.check(Address::Stack(Mem::at(R11, -8)), 8, Wants::Write, false, RAX)
+    }
+
+    fn pushed(&mut self) {
+        self.asm.lea(R11, Mem::at(R11, -8));
+    }
+
+    /// PUSH r64, PUSH imm.
+    pub fn push(&mut self, insn: &Instruction) -> Result<(), TooMany> {
+        self.release_flags();
+        self.check_push()?;
+        if insn.op0_kind() == OpKind::Register {
+            let from = self.value(insn.op0_register().number() as u8, R10);
+            self.asm.store(Mem::at(RAX, 0), from);
+        } else {
+            let value = i32::try_from(insn.immediate(0) as i64).map_err(|_| TooMany)?;
+            self.asm.op_mem(8, &[0xc7], 0, Mem::at(RAX, 0));
+            self.asm.bytes(&value.to_le_bytes());
+        }
+        self.pushed();
+        Ok(())
+    }
+
+    /// PUSH m64.
+    pub fn push_memory(&mut self, insn: &Instruction) -> Result<(), TooMany> {
+        self.release_flags();
+        self.check(Address::Operand(insn), 8, Wants::Read, false, RAX)?;
+        self.asm.load(R10, Mem::at(RAX, 0));
+        self.asm.store(field(hot!(temporary)), R10);
+        self.check_push()?;
+        self.asm.load(R10, field(hot!(temporary)));
+        self.asm.store(Mem::at(RAX, 0), R10);
+        self.pushed();
+        Ok(())
+    }
+
+    /// POP r64.
+    pub fn pop(&mut self, insn: &Instruction) -> Result<(), TooMany> {
+        self.release_flags();
+        self.check(Address::Stack(Mem::at(R11, 0)), 8, Wants::Read, false, RAX)?;
+        match home(insn.op0_register().number() as u8) {
+            // POP RSP leaves what was popped.
+            Home::Host(R11) => {
+                self.asm.load(R11, Mem::at(RAX, 0));
+                return Ok(());
+            }
+            Home::Host(to) => self.asm.load(to, Mem::at(RAX, 0)),
+            Home::Memory(slot) => {
+                self.asm.load(R10, Mem::at(RAX, 0));
+                self.asm.store(Mem::frame(slot), R10);
+            }
+        }
+        self.asm.lea(R11, Mem::at(R11, 8));
+        Ok(())
+    }
+
+    /// LEAVE.
+    pub fn leave(&mut self) -> Result<(), TooMany> {
+        self.release_flags();
+        self.check(Address::Stack(Mem::at(host::RBP, 0)), 8, Wants::Read, false, RAX)?;
+        self.asm.lea(R11, Mem::at(host::RBP, 8));
+        self.asm.load(host::RBP, Mem::at(RAX, 0));
+        Ok(())
+    }
+
+    /// PUSHFQ. RF and VM are clear wherever translated code runs.
+    pub fn push_flags(&mut self) -> Result<(), TooMany> {
+        self.release_flags();
+        let flags = hot!(flags);
+        self.asm.op_mem(4, &[0x0f, 0xb6], RAX, Mem::frame(flags + 1));
+        self.asm.alu_imm(4, 4, RAX, (bit::ARITHMETIC & !bit::OF) as i32);
+        self.asm.op_mem(4, &[0x0f, 0xb6], R10, Mem::frame(flags));
+        self.asm.shift(4, 4, R10, 11);
+        self.asm.op_reg(4, &[0x0b], RAX, R10);
+        self.asm.op_mem(8, &[0x0b], RAX, Self::system_flags());
+        self.asm.store(field(hot!(temporary)), RAX);
+        self.check_push()?;
+        self.asm.load(R10, field(hot!(temporary)));
+        self.asm.store(Mem::at(RAX, 0), R10);
+        self.pushed();
+        Ok(())
+    }
+
+    /// CLI at CPL 0.
+    pub fn clear_interrupts(&mut self) {
+        self.release_flags();
+        self.asm.alu_mem_imm(4, 4, Self::system_flags(), !(bit::IF as i32));
+    }
+
+    /// SWAPGS at CPL 0: the base in the segment, its copy for addressing, and the MSR.
+    pub fn swap_gs(&mut self) {
+        let base = offset_of!(Core, segments) + seg::GS * size_of::<Segment>() + offset_of!(Segment, base);
+        let msr = offset_of!(Core, msrs) + offset_of!(Msrs, kernel_gs_base);
+        self.asm.load(RAX, Mem::frame(base as i32));
+        self.asm.load(R10, Mem::frame(msr as i32));
+        self.asm.store(Mem::frame(msr as i32), RAX);
+        self.asm.store(Mem::frame(base as i32), R10);
+        self.asm.store(Mem::frame(segment_base(seg::GS)), R10);
+    }
+
+    /// DIV and IDIV of 32 and 64 bits. What could raise #DE, and signed division that is not of a sign-extended dividend by
+    /// a divisor other than 0 and -1, is left to the interpreter.
+    pub fn divide(&mut self, insn: &Insn) -> Result<(), TooMany> {
+        let signed = insn.insn.mnemonic() == iced_x86::Mnemonic::Idiv;
+        let register = insn.insn.op0_kind() == OpKind::Register;
+        let size =
+            if register { insn.insn.op0_register().size() } else { insn.insn.memory_size().size() } as u8;
+        self.release_flags();
+        if register {
+            let from = self.value(insn.insn.op0_register().full_register().number() as u8, R10);
+            if from != R10 {
+                self.asm.copy(R10, from);
+            }
+        } else {
+            self.check(Address::Operand(&insn.insn), u32::from(size), Wants::Read, false, RAX)?;
+            self.asm.op_mem(size, &[0x8b], R10, Mem::at(RAX, 0));
+        }
+        let slow = self.slow();
+        let asm = &mut *self.asm;
+        if signed {
+            asm.op_reg(size, &[0x8b], RAX, host::R9);
+            asm.shift(size, 7, RAX, if size == 8 { 63 } else { 31 });
+            asm.op_reg(size, &[0x3b], RAX, host::RDX);
+            asm.jcc(cc::NE, slow);
+            // 0 and -1 are those whose successor is at most 1.
+            asm.op_mem(size, &[0x8d], RAX, Mem::at(R10, 1));
+            asm.alu_imm(size, 7, RAX, 1);
+            asm.jcc(cc::BE, slow);
+        } else {
+            asm.op_reg(size, &[0x3b], host::RDX, R10);
+            asm.jcc(cc::AE, slow);
+        }
+        asm.copy(RAX, host::R9);
+        asm.op_reg(size, &[0xf7], if signed { 7 } else { 6 }, R10);
+        asm.copy(host::R9, RAX);
+        if insn.needed_after == 0 {
+            self.flags = FlagState::Dead;
+        } else {
+            // As the model has them: CF and OF kept, AF set, the others clear. Bit 1 is always set.
+            let upper = Mem::frame(hot!(flags) + 1);
+            self.asm.op_mem(4, &[0x80], 4, upper);
+            self.asm.bytes(&[1]);
+            self.asm.op_mem(4, &[0x80], 1, upper);
+            self.asm.bytes(&[0x12]);
+            self.flags = FlagState::Saved;
+        }
+        Ok(())
+    }
+}
