@@ -71,6 +71,18 @@ counters! {
     BlocksDecoded "blocks_decoded" "blocks of instructions decoded";
     BlocksInvalidated "blocks_invalidated" "decoded blocks dropped because their bytes changed";
 
+    // The translator's.
+    BlocksTranslated "blocks_translated" "blocks translated";
+    TranslatedLink "translated_link" "translated code left: direct branch not linked";
+    TranslatedIndirect "translated_indirect" "translated code left: indirect branch not cached";
+    TranslatedBudget "translated_budget" "translated code left: deadline near";
+    TranslatedInterpret "translated_interpret" "translated code left: one instruction for the interpreter";
+    TranslatedHandler "translated_handler" "translated code left: a handler ends the block";
+    TranslatedStopped "translated_stopped" "translated code left: a handler stopped";
+    TranslatedVectors "translated_vectors" "translated code left: vector registers needed";
+    TranslatedCallouts "translated_callouts" "calls of handlers from translated code";
+    TranslatedRefills "translated_refills" "TLB refills of translated code";
+
     // The shadow backend's.
     ShadowGuestReferences "shadow_guest_references" "shadow: references of the engine's walks of guest tables";
     ShadowPagesCreated "shadow_pages_created" "shadow: pages created";

@@ -84,9 +84,11 @@ impl Arena {
 
     /// Forgets everything from `keep` on and gives the pages back to the host.
     pub fn start_over(&mut self, keep: usize) {
-        self.used = keep;
-        let from = keep.next_multiple_of(4096);
-        if from < self.size {
+        /// So much is kept for the next code; giving pages back costs more than using them again.
+        const RETAINED: usize = 1 << 20;
+        let used = std::mem::replace(&mut self.used, keep);
+        let from = (keep + RETAINED).next_multiple_of(4096);
+        if from < used {
             // SAFETY: gives back pages of our own mapping, into which nobody holds a reference; both mappings stay. A
             // refusal leaves the old bytes, which nothing jumps to.
             let _ = unsafe {

@@ -20,7 +20,7 @@ use super::emit::{Emitter, FlagState, TooMany};
 use super::layout::{field, hot};
 use crate::core::Core;
 use crate::op::Op;
-use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, OpKind};
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, OpKind};
 
 /// Instructions in one block at most.
 pub const MOST: usize = 64;
@@ -52,7 +52,14 @@ pub struct Decoded {
 }
 
 /// Decodes a block at `offset` of a page. `tight`: every flag is seen everywhere.
-pub fn decode(core: &mut Core, page: &[u8; 4096], offset: u32, setting: Setting, tight: bool) -> Decoded {
+pub fn decode(
+    core: &mut Core,
+    info: &mut InstructionInfoFactory,
+    page: &[u8; 4096],
+    offset: u32,
+    setting: Setting,
+    tight: bool,
+) -> Decoded {
     let mut insns = Vec::with_capacity(16);
     let start = offset as usize % 4096;
     let mut decoder = Decoder::with_ip(64, &page[start..], u64::from(offset), OPTIONS);
@@ -63,7 +70,7 @@ pub fn decode(core: &mut Core, page: &[u8; 4096], offset: u32, setting: Setting,
             break;
         }
         let at = insn.ip() as u32;
-        let kind = kind_of(core, &mut insn, page, setting);
+        let kind = kind_of(core, info, &mut insn, page, setting);
         let flags = kind.flag_use(&insn);
         insns.push(Insn { insn, offset: at, kind, flags, needed_after: flag::ALL });
         let backward = kind == Kind::Branch && insn.near_branch_target() as i64 <= i64::from(at);
@@ -77,13 +84,19 @@ pub fn decode(core: &mut Core, page: &[u8; 4096], offset: u32, setting: Setting,
 }
 
 /// How an instruction is translated; the instruction is replaced by what it is on the model's processor.
-fn kind_of(core: &mut Core, insn: &mut Instruction, page: &[u8; 4096], setting: Setting) -> Kind {
+fn kind_of(
+    core: &mut Core,
+    info: &mut InstructionInfoFactory,
+    insn: &mut Instruction,
+    page: &[u8; 4096],
+    setting: Setting,
+) -> Kind {
     if !insn.is_invalid() {
         if let Some(code) = core.model.without_feature(insn) {
             insn.set_code(code);
         }
         if core.model.has(insn)
-            && let Some(kind) = classify(insn, setting)
+            && let Some(kind) = classify(insn, setting, info)
         {
             return kind;
         }

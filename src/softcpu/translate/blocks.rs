@@ -102,6 +102,8 @@ pub struct Blocks {
     /// Words that hold a linear page now, and whether that mapping is global.
     known: Vec<(u32, bool)>,
     heat: HashMap<u64, Heat, FixedHash>,
+    /// Entries of the indirect-branch caches that were filled, by mode; `None` before the mode is first used.
+    filled: [Option<Vec<u16>>; MODES],
     /// Grows whenever blocks may have gone.
     pub epoch: u64,
     /// How often everything was dropped because the code was full.
@@ -123,6 +125,7 @@ impl Blocks {
             pages: HashMap::default(),
             known: Vec::new(),
             heat: HashMap::default(),
+            filled: Default::default(),
             epoch: 0,
             overflows: 0,
         }
@@ -307,6 +310,7 @@ impl Blocks {
             crate::cache::set_code(core, Owner::Translator, Hfn(frame), 0);
         }
         self.forget_pages(core, true);
+        self.forget_targets(core);
         self.blocks.clear();
         self.free.clear();
         self.by_key.clear();
@@ -316,8 +320,39 @@ impl Blocks {
         self.arena.start_over(self.floor);
     }
 
-    /// Makes the indirect-branch cache of a mode empty.
-    pub fn forget_targets(&self, core: &mut FrameBox, mode: usize) {
-        core.targets_mut(mode).fill(self.unknown[mode % MODES]);
+    /// Gets the indirect-branch cache of a mode in order before its first use.
+    pub fn prepare_mode(&mut self, core: &mut FrameBox, mode: Mode) {
+        let mode = mode.index();
+        if self.filled[mode].is_none() {
+            core.targets_mut(mode).fill(self.unknown[mode]);
+            self.filled[mode] = Some(Vec::new());
+        }
+    }
+
+    /// Lets indirect branches to `target` find a block.
+    pub fn know_target(&mut self, core: &mut FrameBox, target: u64, index: u32) {
+        let Some(block) = self.get(index).filter(|b| b.len != 0) else { return };
+        let (mode, address) = (block.mode.index(), self.arena.address(block.entries[0]));
+        let entry = &mut core.targets_mut(mode)[(target & 0xffff) as usize];
+        if *entry == self.unknown[mode]
+            && let Some(filled) = &mut self.filled[mode]
+        {
+            filled.push(target as u16);
+        }
+        *entry = address;
+    }
+
+    /// Makes the indirect-branch caches empty.
+    fn forget_targets(&mut self, core: &mut FrameBox) {
+        for (mode, filled) in self.filled.iter_mut().enumerate() {
+            let Some(filled) = filled else { continue };
+            let targets = core.targets_mut(mode);
+            if filled.len() < super::frame::TARGETS / 4 {
+                filled.iter().for_each(|&at| targets[usize::from(at)] = self.unknown[mode]);
+            } else {
+                targets.fill(self.unknown[mode]);
+            }
+            filled.clear();
+        }
     }
 }

@@ -6,8 +6,10 @@
 //!
 //! Manual: Intel SDM Vol. 2 (each instruction), Vol. 1 §3.4.3 (flags).
 
+use super::layout::{Home, home};
 use iced_x86::{
-    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, MemorySize, Mnemonic, OpKind, Register,
+    Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, MemorySize, Mnemonic,
+    OpKind, Register,
 };
 
 /// How an instruction is translated.
@@ -192,7 +194,7 @@ pub struct Setting {
 }
 
 /// How an instruction of 64-bit code is translated, if it is the translator's at all. `None` leaves it to the interpreter.
-pub fn classify(insn: &Instruction, setting: Setting) -> Option<Kind> {
+pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfoFactory) -> Option<Kind> {
     use Mnemonic as M;
     if insn.is_invalid() || insn.op_count() > 4 {
         return None;
@@ -251,7 +253,7 @@ pub fn classify(insn: &Instruction, setting: Setting) -> Option<Kind> {
         M::Cli if !setting.user => Kind::ClearInterrupts,
         M::Swapgs if !setting.user => Kind::SwapGs,
         _ if conditional_move(mnemonic) => Kind::Same,
-        _ => return vector(insn, setting),
+        _ => return vector(insn, setting, info),
     })
 }
 
@@ -346,7 +348,7 @@ fn conditional_move(mnemonic: Mnemonic) -> bool {
 }
 
 /// SSE and AVX instructions that work on explicit operands.
-fn vector(insn: &Instruction, setting: Setting) -> Option<Kind> {
+fn vector(insn: &Instruction, setting: Setting, info: &mut InstructionInfoFactory) -> Option<Kind> {
     use Mnemonic as M;
     let features = insn.cpuid_features();
     let sse = |f: &CpuidFeature| {
@@ -366,25 +368,28 @@ fn vector(insn: &Instruction, setting: Setting) -> Option<Kind> {
     }
     let excluded = matches!(
         insn.mnemonic(),
-        M::Maskmovdqu
-            | M::Ldmxcsr
-            | M::Stmxcsr
-            | M::Pcmpestri
-            | M::Pcmpestrm
-            | M::Rcpps
-            | M::Rcpss
-            | M::Rsqrtps
-            | M::Rsqrtss
-            | M::Clflush
-            | M::Monitor
-            | M::Mwait
-            | M::Fisttp
+        M::Maskmovdqu | M::Ldmxcsr | M::Stmxcsr | M::Rcpps | M::Rcpss | M::Rsqrtps | M::Rsqrtss
     );
-    if excluded || !register_of(insn, Register::is_xmm) {
+    if excluded || !register_of(insn, Register::is_xmm) || uses_hidden_registers(insn, info) {
         return None;
     }
     let _ = setting.avx;
     Some(if setting.vectors { Kind::Same } else { Kind::NeedsVectors })
+}
+
+/// Whether it uses a general register that is no operand and that is elsewhere in translated code.
+fn uses_hidden_registers(insn: &Instruction, info: &mut InstructionInfoFactory) -> bool {
+    let operands: Vec<Register> = (0..insn.op_count())
+        .filter(|&i| insn.op_kind(i) == OpKind::Register)
+        .map(|i| insn.op_register(i).full_register())
+        .chain([insn.memory_base().full_register(), insn.memory_index().full_register()])
+        .collect();
+    info.info(insn).used_registers().iter().any(|used| {
+        let register = used.register();
+        register.is_gpr()
+            && !operands.contains(&register.full_register())
+            && home(register.full_register().number() as u8) != Home::Host(register.number() as u8)
+    })
 }
 
 /// Whether the memory operand of a vector instruction must lie on a boundary of its size.

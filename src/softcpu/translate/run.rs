@@ -15,7 +15,7 @@ use super::block::{self, Emission, Parts};
 use super::blocks::{Block, Blocks, Link, key};
 use super::classify::{HostFlags, Setting};
 use super::emit::{Emitter, FlagState, Wants};
-use super::frame::{self, FrameBox, MODES};
+use super::frame::{self, FrameBox};
 use super::gates::{self, Gates, Reason};
 use super::mode::Mode;
 use super::{MOST_EXITS, NO_LINK, host_flags};
@@ -67,8 +67,6 @@ pub struct Translator {
     gates: [Gates; 2],
     host: HostFlags,
     jumps: Box<[Jump; JUMPS]>,
-    /// Modes whose indirect-branch cache is in order.
-    ready: [bool; MODES],
     /// Fetch generation, context and global generation that the words of pages belong to.
     seen: (u64, u64, u64),
     /// The kernel uses vector registers.
@@ -109,7 +107,6 @@ impl Translator {
             gates: sets,
             host: host_flags::probe(),
             jumps: Box::new([NO_JUMP; JUMPS]),
-            ready: [false; MODES],
             seen: (0, 0, 0),
             kernel_vectors: false,
             tight: false,
@@ -124,10 +121,12 @@ impl Translator {
 
     /// Drops everything.
     pub fn clear(&mut self, core: &mut FrameBox) {
+        if self.blocks.count() == 0 {
+            return;
+        }
         core.counters.add(Counter::BlocksInvalidated, self.blocks.count() as u64);
         self.blocks.clear(core);
         self.jumps.fill(NO_JUMP);
-        self.ready = [false; MODES];
     }
 
     /// Drops what was made from these bytes.
@@ -194,6 +193,7 @@ impl Translator {
                 self.blocks.link(from, exit, index);
             }
             let reason = self.enter(core, mode, entry, budget);
+            core.counters.count(counter_of(reason));
             let page = core.hot.page;
             let left_at = page.wrapping_add(u64::from(core.hot.exit_offset));
             match reason {
@@ -329,10 +329,7 @@ impl Translator {
         slot: usize,
     ) -> Result<u32, Stop> {
         let hpa = core.translate_fetch(ip)?;
-        if !self.ready[mode.index()] {
-            self.blocks.forget_targets(core, mode.index());
-            self.ready[mode.index()] = true;
-        }
+        self.blocks.prepare_mode(core, mode);
         let index = match self.blocks.lookup(key(hpa, mode)) {
             Some(index) => index,
             None if self.blocks.is_hot(hpa.frame(), core.ticks) => return Ok(NO_BLOCK),
@@ -350,10 +347,7 @@ impl Translator {
     /// Lets indirect branches find the block at `target`, if it is translated already.
     fn know_target(&mut self, core: &mut FrameBox, mode: Mode, target: u64) -> Result<(), Stop> {
         let index = self.find(core, mode)?;
-        if let Some(block) = self.blocks.get(index).filter(|b| b.len != 0) {
-            let address = self.blocks.arena.address(block.entries[0]);
-            core.targets_mut(mode.index())[(target & 0xffff) as usize] = address;
-        }
+        self.blocks.know_target(core, target, index);
         Ok(())
     }
 
@@ -367,12 +361,12 @@ impl Translator {
         core.memory.host().read(hpa.page_base(), &mut bytes);
         let setting = Setting { user: mode.user(), vectors: mode.vectors(), avx: false, host: self.host };
         let offset = hpa.page_offset() as u32;
-        let decoded = block::decode(core, &bytes, offset, setting, self.tight);
+        let decoded = block::decode(core, &mut self.info, &bytes, offset, setting, self.tight);
         let page = self.blocks.page(core, frame, mode.user());
         if decoded.insns.is_empty() {
             return self.blocks.insert(core, untranslated(hpa, mode, page));
         }
-        core.counters.count(Counter::BlocksDecoded);
+        core.counters.count(Counter::BlocksTranslated);
         for _ in 0..2 {
             if let Some(index) = self.emit(core, mode, hpa, page, &bytes, &decoded) {
                 return index;
@@ -391,11 +385,6 @@ impl Translator {
     fn overflow(&mut self, core: &mut FrameBox) {
         self.blocks.overflows += 1;
         self.clear(core);
-        // The modes in use are in order again at once.
-        for mode in 0..MODES {
-            self.blocks.forget_targets(core, mode);
-        }
-        self.ready = [true; MODES];
     }
 
     fn emit(
@@ -468,6 +457,19 @@ fn untranslated(hpa: Hpa, mode: Mode, page: u32) -> Block {
     }
 }
 
+/// What counts a reason to leave translated code.
+fn counter_of(reason: Reason) -> Counter {
+    match reason {
+        Reason::Link => Counter::TranslatedLink,
+        Reason::Indirect => Counter::TranslatedIndirect,
+        Reason::Budget => Counter::TranslatedBudget,
+        Reason::Interpret => Counter::TranslatedInterpret,
+        Reason::Op => Counter::TranslatedHandler,
+        Reason::Stopped => Counter::TranslatedStopped,
+        Reason::Vectors => Counter::TranslatedVectors,
+    }
+}
+
 fn stop_from(number: u64) -> Stop {
     match number {
         0 => Stop::Exception,
@@ -492,6 +494,7 @@ fn leave_soon(core: &mut Core) {
 pub unsafe extern "sysv64" fn callout(core: *mut Core, op: *const Op) -> u64 {
     // SAFETY: the caller guarantees both, and nobody else uses the frame meanwhile.
     let (core, op) = unsafe { (&mut *core, &*op) };
+    core.counters.count(Counter::TranslatedCallouts);
     core.flags.set_arithmetic(from_saved(core.hot.flags));
     core.regs[usize::from(REG_IP)] = core.hot.page.wrapping_add(u64::from(core.hot.exit_offset));
     match (op.run)(core, op) {
@@ -524,6 +527,7 @@ pub unsafe extern "sysv64" fn callout(core: *mut Core, op: *const Op) -> u64 {
 pub unsafe extern "sysv64" fn refill(core: *mut Core, lin: u64, wanted: u64) -> u64 {
     // SAFETY: the caller guarantees it, and nobody else uses the frame meanwhile.
     let core = unsafe { &mut *core };
+    core.counters.count(Counter::TranslatedRefills);
     let (size, segment) = (wanted & 0xff, (wanted >> 16) as u8);
     let both = wanted >> 8 & 0xff == Wants::Both as u64;
     let write = both || wanted >> 8 & 0xff == Wants::Write as u64;
