@@ -33,6 +33,8 @@ pub struct TlbEntry {
 }
 
 const ENTRIES: usize = 1024;
+/// How many flushed pages are remembered one by one.
+const FLUSHED_PAGES: usize = 32;
 const MODE_BITS: u32 = 2;
 const MODE_MASK: u64 = (1 << MODE_BITS) - 1;
 /// Context numbers fill the tag bits above the mode; 0 is never used.
@@ -176,8 +178,10 @@ pub struct Tlb {
     pub flushes: u64,
     /// Grows with whatever may change where a fetch goes; caches of fetch translations compare it.
     pub fetch_generation: u64,
-    /// Grows with whatever may change where a fetch through a global entry goes.
+    /// Grows with whatever may change where a fetch through any entry goes, single pages apart.
     pub global_generation: u64,
+    /// Single pages that were flushed since somebody looked, as many as are remembered one by one.
+    pub flushed_pages: Vec<u64>,
     /// What translated code looks into. It holds nothing that the arrays above do not hold for the current context.
     pub inline: InlineTlb,
 }
@@ -197,6 +201,7 @@ impl Default for Tlb {
             flushes: 0,
             fetch_generation: 0,
             global_generation: 0,
+            flushed_pages: Vec::new(),
             inline: InlineTlb::default(),
         };
         tlb.select(0, TlbMode::Supervisor, TlbMode::Supervisor);
@@ -328,7 +333,12 @@ impl Tlb {
         self.fetch.remove_page(lin, &wanted);
         self.inline.remove_page(lin);
         self.fetch_generation += 1;
-        self.global_generation += 1;
+        if self.flushed_pages.len() < FLUSHED_PAGES {
+            self.flushed_pages.push(lin & !0xfff);
+        } else {
+            self.flushed_pages.clear();
+            self.global_generation += 1;
+        }
     }
 
     /// Forgets write entries that lead to a frame: bytes of it were decoded.

@@ -192,6 +192,18 @@ impl Blocks {
         });
     }
 
+    /// Forgets what is mapped at a linear page.
+    pub fn forget_page(&mut self, core: &mut FrameBox, linear: u64) {
+        self.known.retain(|&(page, _)| {
+            let word = core.page_mut(page as usize);
+            let keep = *word != linear;
+            if !keep {
+                *word = UNKNOWN;
+            }
+            keep
+        });
+    }
+
     /// Whether the interpreter should execute a page for now, because its code keeps changing.
     pub fn is_hot(&self, frame: Hfn, now: u64) -> bool {
         self.heat.get(&frame.0).is_some_and(|h| h.count >= HOT && now.wrapping_sub(h.last) < COOLING)

@@ -43,11 +43,10 @@ const NO_BLOCK: u32 = u32::MAX;
 #[derive(Clone, Copy)]
 struct Jump {
     ip: u64,
-    context: u64,
     block: u32,
 }
 
-const NO_JUMP: Jump = Jump { ip: 0, context: 0, block: NO_BLOCK };
+const NO_JUMP: Jump = Jump { ip: 0, block: NO_BLOCK };
 
 /// What is to be done after translated code has run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,8 +66,8 @@ pub struct Translator {
     gates: [Gates; 2],
     host: HostFlags,
     jumps: Box<[Jump; JUMPS]>,
-    /// Fetch generation, context and global generation that the words of pages belong to.
-    seen: (u64, u64, u64),
+    /// Fetch context and global generation that the words of pages belong to.
+    seen: (u64, u64),
     /// The kernel uses vector registers.
     kernel_vectors: bool,
     /// Every flag is kept everywhere, so that there is no reserve: for tests that look at every tick.
@@ -107,7 +106,7 @@ impl Translator {
             gates: sets,
             host: host_flags::probe(),
             jumps: Box::new([NO_JUMP; JUMPS]),
-            seen: (0, 0, 0),
+            seen: (0, 0),
             kernel_vectors: false,
             tight: false,
         })
@@ -292,12 +291,16 @@ impl Translator {
     /// Forgets where pages are mapped when that may have changed.
     #[inline]
     fn check_mappings(&mut self, core: &mut FrameBox) {
-        let tlb = &core.tlb;
-        let now = (tlb.fetch_generation, tlb.fetch_key & !3, tlb.global_generation);
+        let now = (core.tlb.fetch_key & !3, core.tlb.global_generation);
         if now != self.seen {
-            let all = now.2 != self.seen.2;
+            let all = now.1 != self.seen.1;
             self.seen = now;
             self.blocks.forget_pages(core, all);
+        }
+        if !core.tlb.flushed_pages.is_empty() {
+            for page in std::mem::take(&mut core.tlb.flushed_pages) {
+                self.blocks.forget_page(core, page);
+            }
         }
     }
 
@@ -305,18 +308,17 @@ impl Translator {
     #[inline]
     fn find(&mut self, core: &mut FrameBox, mode: Mode) -> Result<u32, Stop> {
         let ip = core.regs[usize::from(REG_IP)];
-        let context = core.tlb.fetch_generation << 20 | core.tlb.fetch_key << 4 | mode.index() as u64;
         let slot = ((ip >> 1) ^ (ip >> 13)) as usize % JUMPS;
         let jump = self.jumps[slot];
-        if jump.ip == ip && jump.context == context && jump.block != NO_BLOCK {
-            if let Some(block) = self.blocks.get(jump.block) {
-                let page = block.page;
-                // Whether the mapping is global is not known here; to forget too much is safe.
-                self.blocks.know_page(core, page, ip & !0xfff, false);
-            }
+        // The word of its page says whether the block is still what this address leads to.
+        if jump.ip == ip
+            && let Some(block) = self.blocks.get(jump.block)
+            && block.mode == mode
+            && *core.page_mut(block.page as usize) == ip & !0xfff
+        {
             return Ok(jump.block);
         }
-        self.find_slow(core, mode, ip, context, slot)
+        self.find_slow(core, mode, ip, slot)
     }
 
     #[cold]
@@ -325,7 +327,6 @@ impl Translator {
         core: &mut FrameBox,
         mode: Mode,
         ip: u64,
-        context: u64,
         slot: usize,
     ) -> Result<u32, Stop> {
         let hpa = core.translate_fetch(ip)?;
@@ -340,7 +341,7 @@ impl Translator {
             let page = block.page;
             self.blocks.know_page(core, page, ip & !0xfff, global);
         }
-        self.jumps[slot] = Jump { ip, context, block: index };
+        self.jumps[slot] = Jump { ip, block: index };
         Ok(index)
     }
 
