@@ -18,6 +18,7 @@ use super::asm::{Label, Mem, Target, cc, host};
 use super::classify::{FlagUse, Kind, Setting, classify, flag};
 use super::emit::{Emitter, FlagState, TooMany};
 use super::layout::{field, hot};
+use super::mode::Mode;
 use crate::core::Core;
 use crate::op::Op;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, OpKind};
@@ -102,7 +103,22 @@ fn kind_of(
         }
     }
     let (_, selected) = handler(core, insn, page);
-    if selected.ends() || changes_vectors(insn) { Kind::Exit } else { Kind::Callout }
+    let ends = selected.ends() && !goes_on(insn);
+    if ends || changes_vectors(insn) { Kind::Exit } else { Kind::Callout }
+}
+
+/// Instructions that end the interpreter's blocks because they look at the time or repeat, but after which translated code
+/// can go on: a callout knows the time, and sees whether a repetition was completed.
+fn goes_on(insn: &Instruction) -> bool {
+    use iced_x86::Mnemonic as M;
+    let segment_base = matches!(insn.mnemonic(), M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase);
+    let port = matches!(insn.mnemonic(), M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd);
+    let reads_control = insn.mnemonic() == M::Mov && insn.op1_register().is_cr();
+    !port
+        && (insn.is_string_instruction()
+            || segment_base
+            || reads_control
+            || matches!(insn.mnemonic(), M::Rdtsc | M::Rdtscp))
 }
 
 /// Instructions after which it must be asked again whether the host may execute vector instructions.
@@ -135,7 +151,10 @@ fn shows(insn: &Insn) -> bool {
             insn.insn.mnemonic() != iced_x86::Mnemonic::Lea
                 && (0..insn.insn.op_count()).any(|i| insn.insn.op_kind(i) == OpKind::Memory)
         }
-        Kind::Nothing | Kind::ClearInterrupts | Kind::SwapGs => false,
+        Kind::Scan => insn.insn.op1_kind() == OpKind::Memory,
+        Kind::Nothing | Kind::ClearInterrupts | Kind::SwapGs | Kind::SetDirection(_) | Kind::ReadSelector => {
+            false
+        }
         _ => true,
     }
 }
@@ -162,6 +181,8 @@ pub struct Exit {
     pub stub: Label,
     /// What of the target it may go to.
     pub form: ExitForm,
+    /// The mode that it arrives in.
+    pub mode: Mode,
 }
 
 /// In what state an exit arrives.
@@ -190,6 +211,8 @@ pub struct Entries {
 
 /// What one block is emitted from, beside its instructions.
 pub struct Parts<'a> {
+    /// Every tick may be looked at.
+    pub tight: bool,
     /// The page's bytes.
     pub bytes: &'a [u8; 4096],
     /// Distance of the page's word.
@@ -210,6 +233,8 @@ pub struct Emission<'a, 'b> {
     pub ops: Vec<Box<Op>>,
     /// Exits.
     pub exits: Vec<Exit>,
+    /// The mode in which the block is left.
+    pub arrives_in: Mode,
 }
 
 impl Emission<'_, '_> {
@@ -219,10 +244,14 @@ impl Emission<'_, '_> {
         let mut ended = false;
         for (i, insn) in decoded.insns.iter().enumerate() {
             let undo = self.to.begin(i as u32, insn.offset);
+            self.to.in_shadow = i > 0 && decoded.insns[i - 1].kind == Kind::SetInterrupts;
             let done = self.instruction(core, insn, decoded);
             if done.is_err() {
                 self.to.take_back(undo);
-                if insn.kind.ends() {
+                if self.to.in_shadow {
+                    let slow = self.to.slow();
+                    self.to.asm.jmp(slow);
+                } else if insn.kind.ends() {
                     self.leave_for_handler(core, insn);
                 } else {
                     self.callout(core, insn);
@@ -301,7 +330,7 @@ impl Emission<'_, '_> {
     }
 
     /// Leaves for the interpreter's handler.
-    fn leave_for_handler(&mut self, core: &mut Core, insn: &Insn) {
+    pub fn leave_for_handler(&mut self, core: &mut Core, insn: &Insn) {
         let op = self.op(core, insn);
         self.to.release_flags();
         self.to.note_exit();
@@ -309,6 +338,7 @@ impl Emission<'_, '_> {
         self.to.asm.jmp(Target::Arena(self.to.gates.op));
     }
 
+    /// The handler's operand of an instruction, kept by the block.
     fn op(&mut self, core: &mut Core, insn: &Insn) -> u64 {
         let (op, _) = handler(core, &insn.insn, self.parts.bytes);
         let op = Box::new(op);
@@ -331,6 +361,12 @@ impl Emission<'_, '_> {
             Kind::Leave => self.to.leave()?,
             Kind::PushFlags => self.to.push_flags()?,
             Kind::ClearInterrupts => self.to.clear_interrupts(),
+            Kind::SetInterrupts => self.set_interrupts(core, insn, decoded),
+            Kind::SetAc(set) => self.set_ac(insn, set),
+            Kind::SetDirection(set) => self.to.set_direction(set),
+            Kind::ReadSelector => self.to.read_selector(&insn.insn),
+            Kind::Scan => self.to.scan(insn)?,
+            Kind::BitString => self.to.bit_string(insn)?,
             Kind::SwapGs => self.to.swap_gs(),
             Kind::Jump => self.go(insn.insn.near_branch_target() as i64),
             Kind::Branch => self.branch(insn, decoded),

@@ -34,6 +34,8 @@ pub struct Link {
     pub stub: usize,
     /// What of the target it goes to.
     pub form: ExitForm,
+    /// The mode that it arrives in.
+    pub mode: Mode,
     /// The block that it is linked to.
     pub to: Option<u32>,
 }
@@ -58,6 +60,8 @@ pub struct Block {
     pub incoming: Vec<(u32, u32)>,
     /// What its code points at.
     pub ops: Vec<Box<Op>>,
+    /// Entries of the indirect-branch cache that lead to it.
+    pub slots: Vec<u16>,
 }
 
 impl Block {
@@ -230,7 +234,7 @@ impl Blocks {
         let (mode, page) = (target.mode, target.page);
         let Some(source) = self.get(from) else { return };
         let Some(&link) = source.links.get(exit as usize) else { return };
-        if source.mode != mode || target.len == 0 || link.form != ExitForm::Page && source.page != page {
+        if link.mode != mode || target.len == 0 || link.form != ExitForm::Page && source.page != page {
             return;
         }
         let entry = target.entry(link.form);
@@ -270,12 +274,11 @@ impl Blocks {
                 target.incoming.retain(|&i| i != (index, exit as u32));
             }
         }
-        // The low 12 bits of the addresses by which it was found are known; four more name the entry.
         let address = self.arena.address(block.entries[0]);
         let unknown = self.unknown[block.mode.index()];
         let targets = core.targets_mut(block.mode.index());
-        for high in 0..16 {
-            let entry = &mut targets[(high << 12) | block.hpa.page_offset() as usize];
+        for &slot in &block.slots {
+            let entry = &mut targets[usize::from(slot)];
             if *entry == address {
                 *entry = unknown;
             }
@@ -345,13 +348,27 @@ impl Blocks {
     pub fn know_target(&mut self, core: &mut FrameBox, target: u64, index: u32) {
         let Some(block) = self.get(index).filter(|b| b.len != 0) else { return };
         let (mode, address) = (block.mode.index(), self.arena.address(block.entries[0]));
-        let entry = &mut core.targets_mut(mode)[(target & 0xffff) as usize];
+        let slot = Self::target_slot(target);
+        let entry = &mut core.targets_mut(mode)[usize::from(slot)];
+        if *entry == address {
+            return;
+        }
         if *entry == self.unknown[mode]
             && let Some(filled) = &mut self.filled[mode]
         {
-            filled.push(target as u16);
+            filled.push(slot);
         }
         *entry = address;
+        if let Some(block) = self.get_mut(index)
+            && !block.slots.contains(&slot)
+        {
+            block.slots.push(slot);
+        }
+    }
+
+    /// The entry of the indirect-branch cache for a target: translated code computes the same.
+    fn target_slot(target: u64) -> u16 {
+        ((target as u32 >> 12) ^ target as u32) as u16
     }
 
     /// Makes the indirect-branch caches empty.

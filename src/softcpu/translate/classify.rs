@@ -39,6 +39,18 @@ pub enum Kind {
     PushFlags,
     /// CLI at CPL 0.
     ClearInterrupts,
+    /// STI at CPL 0.
+    SetInterrupts,
+    /// STAC or CLAC at CPL 0.
+    SetAc(bool),
+    /// STD or CLD.
+    SetDirection(bool),
+    /// MOV of a segment register to a general one.
+    ReadSelector,
+    /// BSF or BSR.
+    Scan,
+    /// BT and its kin on a bit string in memory.
+    BitString,
     /// SWAPGS at CPL 0.
     SwapGs,
     /// Near JMP to a relative target.
@@ -71,6 +83,7 @@ impl Kind {
                 | Self::CallIndirect
                 | Self::JumpIndirect
                 | Self::Return
+                | Self::SetAc(_)
                 | Self::NeedsVectors
                 | Self::Exit
         )
@@ -87,6 +100,8 @@ impl Kind {
             Self::Merge(taken) | Self::AccumulatorMerge(taken) => {
                 FlagUse { reads: 0, writes: taken, may_write: taken }
             }
+            Self::Scan => FlagUse { reads: 0, writes: flag::ZF, may_write: flag::ZF },
+            Self::BitString => FlagUse { reads: 0, writes: flag::CF, may_write: flag::CF },
             Self::Divide => {
                 let writes = flag::SF | flag::ZF | flag::AF | flag::PF;
                 FlagUse { reads: 0, writes, may_write: writes }
@@ -217,6 +232,9 @@ pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfo
         M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchnta | M::Prefetchw | M::Prefetch => {
             Kind::Nothing
         }
+        M::Mov if insn.op1_register().is_segment_register() && insn.op0_register().is_gpr() => {
+            Kind::ReadSelector
+        }
         M::Mov if register_of(insn, |r| r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr()) => {
             return None;
         }
@@ -225,10 +243,11 @@ pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfo
         M::Inc | M::Dec | M::Neg | M::Not | M::Xchg | M::Xadd => Kind::Same,
         M::Popcnt | M::Crc32 | M::Adcx | M::Adox => Kind::Same,
         M::Stc | M::Clc | M::Cmc => Kind::Same,
-        M::Bsf | M::Bsr if size == 4 => return None,
-        M::Bsf | M::Bsr => Kind::Merge(flag::ZF),
+        M::Bsf | M::Bsr => Kind::Scan,
         M::Tzcnt | M::Lzcnt => Kind::Merge(flag::ZF | flag::CF),
-        M::Bt | M::Bts | M::Btr | M::Btc if has_memory && insn.op1_kind() == OpKind::Register => return None,
+        M::Bt | M::Bts | M::Btr | M::Btc if has_memory && insn.op1_kind() == OpKind::Register => {
+            if insn.memory_size().size() == 2 { return None } else { Kind::BitString }
+        }
         M::Bt | M::Bts | M::Btr | M::Btc => Kind::Merge(flag::CF),
         M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr if setting.host.shifts => {
             // Reserved extensions and 8-bit and 16-bit rotates through carry by large counts are the interpreter's.
@@ -242,6 +261,7 @@ pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfo
         M::Div | M::Idiv if size_of_operand(insn) >= 4 => Kind::Divide,
         M::Cbw | M::Cwde | M::Cdqe | M::Cwd | M::Cdq | M::Cqo => Kind::Accumulator,
         M::Cmpxchg if has_memory || size != 4 => Kind::Accumulator,
+        M::Cmpxchg16b | M::Cmpxchg8b => Kind::Accumulator,
         M::Push if insn.code() == Code::Push_rm16 || insn.code() == Code::Push_r16 => return None,
         M::Push if has_memory => Kind::PushMemory,
         M::Push if insn.op0_kind() == OpKind::Register && !insn.op0_register().is_gpr64() => return None,
@@ -251,6 +271,9 @@ pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfo
         M::Leave if insn.code() == Code::Leaveq => Kind::Leave,
         M::Pushfq => Kind::PushFlags,
         M::Cli if !setting.user => Kind::ClearInterrupts,
+        M::Sti if !setting.user => Kind::SetInterrupts,
+        M::Stac | M::Clac if !setting.user => Kind::SetAc(mnemonic == M::Stac),
+        M::Std | M::Cld => Kind::SetDirection(mnemonic == M::Std),
         M::Swapgs if !setting.user => Kind::SwapGs,
         _ if conditional_move(mnemonic) => Kind::Same,
         _ => return vector(insn, setting, info),
@@ -396,6 +419,9 @@ fn uses_hidden_registers(insn: &Instruction, info: &mut InstructionInfoFactory) 
 pub fn must_be_aligned(insn: &Instruction) -> bool {
     use Mnemonic as M;
     let size = insn.memory_size().size();
+    if insn.mnemonic() == M::Cmpxchg16b {
+        return true;
+    }
     if insn.encoding() != EncodingKind::Legacy || size != 16 || !register_of(insn, Register::is_xmm) {
         return false;
     }

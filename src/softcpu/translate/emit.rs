@@ -56,6 +56,8 @@ pub const fn wanted(size: u32, wants: Wants, segment: u8) -> u32 {
 pub enum Address<'a> {
     /// The memory operand of an instruction.
     Operand(&'a Instruction),
+    /// The unit, of this size, of a bit string that the second operand chooses.
+    BitString(&'a Instruction, u32),
     /// A host register plus a displacement, in the stack segment.
     Stack(Mem),
 }
@@ -86,6 +88,8 @@ pub struct Emitter<'a> {
     pub index: u32,
     /// Its offset in the page.
     pub offset: u32,
+    /// It follows STI.
+    pub in_shadow: bool,
     /// The way to the interpreter for it, once one is needed.
     slow: Option<Label>,
 }
@@ -107,7 +111,8 @@ impl<'a> Emitter<'a> {
         total: u32,
         flags: FlagState,
     ) -> Self {
-        Self { asm, encoder, info, mode, gates, linear_bits, total, flags, index: 0, offset: 0, slow: None }
+        let (index, offset, in_shadow, slow) = (0, 0, false, None);
+        Self { asm, encoder, info, mode, gates, linear_bits, total, flags, index, offset, in_shadow, slow }
     }
 
     /// Begins an instruction, of which everything can be taken back.
@@ -145,6 +150,9 @@ impl<'a> Emitter<'a> {
             self.asm.cold(true);
             self.asm.bind(label);
             self.note_exit();
+            if self.in_shadow {
+                self.asm.store_imm32(field(hot!(exit_in_shadow)), 1);
+            }
             self.asm.jmp(Target::Arena(self.gates.interpret));
             self.asm.cold(false);
         }
@@ -184,12 +192,13 @@ impl<'a> Emitter<'a> {
                 self.asm.lea(RAX, mem);
                 return Ok(());
             }
-            Address::Operand(insn) => insn,
+            Address::Operand(insn) | Address::BitString(insn, _) => insn,
         };
         let (base, index) = (insn.memory_base(), insn.memory_index());
         let displacement = insn.memory_displacement64();
         let narrow = base.is_gpr32() || index.is_gpr32();
-        if base == Register::EIP || narrow && (base.is_gpr64() || index.is_gpr64()) {
+        let bit_string = matches!(address, Address::BitString(..));
+        if base == Register::EIP || narrow && (bit_string || base.is_gpr64() || index.is_gpr64()) {
             return Err(TooMany);
         }
         if base == Register::None && index == Register::None {
@@ -220,6 +229,20 @@ impl<'a> Emitter<'a> {
             let at = segment_base(usize::from(segment_index(segment)));
             self.asm.op_mem(8, &[0x03], RAX, Mem::frame(at));
         }
+        if let Address::BitString(_, size) = address {
+            // The unit that holds the bit: the signed index by the bits of a unit, times its size.
+            let index = insn.op1_register();
+            let from = self.value(index.full_register().number() as u8, R10);
+            let bits = size.trailing_zeros() as u8 + 3;
+            if size == 8 {
+                self.asm.copy(R10, from);
+            } else {
+                self.asm.op_reg(8, &[0x63], R10, from);
+            }
+            self.asm.shift(8, 7, R10, bits);
+            let scale = size.trailing_zeros() as u8;
+            self.asm.lea(RAX, Mem { base: Some(RAX), index: Some((R10, scale)), disp: 0 });
+        }
         Ok(())
     }
 
@@ -245,7 +268,7 @@ impl<'a> Emitter<'a> {
         result: u8,
     ) -> Result<(), TooMany> {
         let segment = match address {
-            Address::Operand(insn) => crate::decode::operand_segment(insn),
+            Address::Operand(insn) | Address::BitString(insn, _) => crate::decode::operand_segment(insn),
             Address::Stack(_) => seg::SS as u8,
         };
         let side = if wants == Wants::Read { TlbSide::Read } else { TlbSide::Write };
@@ -380,6 +403,8 @@ impl<'a> Emitter<'a> {
         insn.set_has_repne_prefix(false);
         insn.set_segment_prefix(Register::None);
         super::recode::without_fixed_registers(&mut insn);
+        // Only the host's RAX has a second byte that can be named.
+        let accumulator = accumulator || at.is_none() && names_ah(guest);
         let mut scratch = Scratch::new(at, accumulator);
         for operand in 0..insn.op_count() {
             match insn.op_kind(operand) {
@@ -441,6 +466,11 @@ impl<'a> Emitter<'a> {
     }
 }
 
+/// Whether an operand is AH.
+fn names_ah(insn: &Instruction) -> bool {
+    (0..insn.op_count()).any(|i| insn.op_kind(i) == OpKind::Register && insn.op_register(i) == Register::AH)
+}
+
 /// Scratch registers given to guest registers that live in memory.
 struct Scratch {
     free: Vec<u8>,
@@ -459,11 +489,10 @@ impl Scratch {
 
     /// The host register for a guest register of any size.
     fn replace(&mut self, register: Register, accumulator: bool) -> Result<Register, TooMany> {
-        if matches!(register, Register::AH) {
-            // Its home has no second byte that an encoding could name.
+        if register == Register::AH && !accumulator {
             return Err(TooMany);
         }
-        if matches!(register, Register::CH | Register::DH | Register::BH) {
+        if matches!(register, Register::AH | Register::CH | Register::DH | Register::BH) {
             return Ok(register);
         }
         let guest = register.full_register().number() as u8;

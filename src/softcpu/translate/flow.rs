@@ -2,15 +2,17 @@
 //!
 //! A direct branch is a jump to the target's block once that is known. Within the page it needs no look at anything; to
 //! another page it carries the linear address of that page, which the target compares with where it is mapped. An indirect
-//! branch jumps through the entry of the indirect-branch cache that the low 16 bits of its target name, and the target
-//! compares the page: two instructions, and no flag is touched on the way.
+//! branch jumps through the entry of the indirect-branch cache that a hash of its target names, and the target's block
+//! compares the whole address.
 //!
 //! Manual: Intel SDM Vol. 2 "JMP", "Jcc", "CALL", "RET"; Vol. 1 §3.3.7.1 (canonical addresses).
 
 use super::asm::{Mem, Target, cc, host};
 use super::block::{Decoded, Emission, Exit, ExitForm, Insn};
+use super::classify::Kind;
 use super::emit::{Address, FlagState, TooMany, Wants};
-use super::layout::{field, hot};
+use super::layout::{ATTENTION, TLB_KEY, field, hot};
+use crate::flags::bit;
 use iced_x86::{Instruction, OpKind};
 
 const RAX: u8 = host::RAX;
@@ -43,7 +45,8 @@ impl Emission<'_, '_> {
     /// The way to the dispatcher that an exit takes while it is not linked.
     fn exit(&mut self, operand: super::asm::Label, stub: super::asm::Label, form: ExitForm, target: i64) {
         let link = self.parts.block * super::MOST_EXITS + self.exits.len() as u32;
-        self.exits.push(Exit { operand, stub, form });
+        let mode = self.arrives_in;
+        self.exits.push(Exit { operand, stub, form, mode });
         let was_cold = self.to.asm.is_cold();
         self.to.asm.cold(true);
         self.to.asm.bind(stub);
@@ -93,6 +96,53 @@ impl Emission<'_, '_> {
         if ends {
             self.go(i64::from(decoded.end));
         }
+    }
+
+    /// STI at CPL 0. With something to look at, or an instruction behind it that may exit by itself, it is the
+    /// interpreter's, which holds interrupts off for one instruction.
+    pub fn set_interrupts(&mut self, core: &mut crate::core::Core, insn: &Insn, decoded: &Decoded) {
+        let next = decoded.insns.get(self.to.index as usize + 1);
+        let simple = next.is_some_and(|n| {
+            !matches!(n.kind, Kind::Callout | Kind::SetInterrupts | Kind::SetAc(_)) && !n.kind.is_outside()
+        });
+        if self.parts.tight || !simple {
+            return self.leave_for_handler(core, insn);
+        }
+        self.to.release_flags();
+        let (handler, done) = (self.to.asm.label(), self.to.asm.label());
+        let asm = &mut *self.to.asm;
+        asm.alu_mem_imm(4, 7, Mem::frame(ATTENTION), 0);
+        asm.jcc(cc::NE, Target::Here(handler));
+        asm.store_imm32(field(hot!(shadow)), 0);
+        // TEST of the IF bit.
+        let flags = super::emit::Emitter::system_flags();
+        asm.op_mem(4, &[0xf7], 0, flags);
+        asm.bytes(&(bit::IF as u32).to_le_bytes());
+        asm.jcc(cc::NE, Target::Here(done));
+        asm.alu_mem_imm(4, 1, flags, bit::IF as i32);
+        asm.store_imm32(field(hot!(shadow)), 1);
+        asm.bind(done);
+        asm.cold(true);
+        asm.bind(handler);
+        let state = self.to.flags;
+        self.leave_for_handler(core, insn);
+        self.to.flags = state;
+        self.to.asm.cold(false);
+    }
+
+    /// STAC, CLAC: the block behind it is one of another mode.
+    pub fn set_ac(&mut self, insn: &Insn, set: bool) {
+        self.to.release_flags();
+        let mode = self.to.mode.with_ac(set);
+        let (ext, value) = if set { (1, bit::AC as i32) } else { (4, !(bit::AC as i32)) };
+        let asm = &mut *self.to.asm;
+        asm.alu_mem_imm(4, ext, super::emit::Emitter::system_flags(), value);
+        asm.load(RAX, Mem::frame(TLB_KEY));
+        asm.alu_imm(8, 4, RAX, !3);
+        asm.alu_imm(8, 1, RAX, mode.tlb() as i32);
+        asm.store(Mem::frame(TLB_KEY), RAX);
+        self.arrives_in = mode;
+        self.go(i64::from(insn.offset) + insn.insn.len() as i64);
     }
 
     /// Pushes the address of the next instruction. Nothing may fail after it.
@@ -173,7 +223,11 @@ impl Emission<'_, '_> {
     fn jump(&mut self, insn: &Insn, moved: u32) {
         let asm = &mut *self.to.asm;
         asm.store_imm32(field(hot!(site)), insn.offset | moved << 12);
-        asm.op_reg(4, &[0x0f, 0xb7], R10, RAX);
+        // The cache's index: see `Blocks::target_slot`.
+        asm.op_reg(4, &[0x8b], R10, RAX);
+        asm.shift(4, 5, R10, 12);
+        asm.op_reg(4, &[0x33], R10, RAX);
+        asm.op_reg(4, &[0x0f, 0xb7], R10, R10);
         asm.jmp_mem(Mem::element(R10, 3, self.parts.targets));
     }
 }

@@ -9,6 +9,7 @@ use crate::core::Core;
 use crate::tlb::{Tlb, TlbSide};
 use crate::tlb_inline::{InlineEntry, array_offset};
 use std::mem::offset_of;
+use vcpu::Segment;
 
 /// What translated code and the code around it tell each other.
 #[derive(Debug, Default)]
@@ -50,6 +51,12 @@ pub struct Hot {
     pub refill: u64,
     /// What was taken from the budget so that translated code is left at the next block.
     pub withheld: i64,
+    /// The last STI has changed IF, so that interrupts are held off for the instruction behind it.
+    pub shadow: u32,
+    /// The code was left at an instruction that follows STI.
+    pub exit_in_shadow: u32,
+    /// The budget at the entry.
+    pub entered_with: i64,
     /// Why a handler stopped: see [`super::run`].
     pub stopped: u64,
 }
@@ -70,6 +77,17 @@ pub const fn slot(register: u8) -> i32 {
 
 /// The flags that are not arithmetic.
 pub const SYSTEM_FLAGS: i32 = (offset_of!(Core, flags) + crate::flags::SYSTEM_OFFSET) as i32;
+
+/// What must be looked at: [`Core::attention`].
+pub const ATTENTION: i32 = offset_of!(Core, attention) as i32;
+
+/// The key of the TLB's context and mode.
+pub const TLB_KEY: i32 = (offset_of!(Core, tlb) + offset_of!(Tlb, key)) as i32;
+
+/// The selector in a segment register.
+pub const fn selector(index: usize) -> i32 {
+    (offset_of!(Core, segments) + index * size_of::<Segment>() + offset_of!(Segment, selector)) as i32
+}
 
 /// The base of FS or GS.
 pub const fn segment_base(index: usize) -> i32 {

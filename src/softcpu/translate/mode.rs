@@ -33,6 +33,11 @@ impl Mode {
         usize::from(self.0)
     }
 
+    /// The same with EFLAGS.AC set or clear, at CPL 0.
+    pub fn with_ac(self, ac: bool) -> Self {
+        Self(if ac { self.0 | AC } else { self.0 & !AC })
+    }
+
     /// CPL 3.
     pub fn user(self) -> bool {
         self.0 & USER != 0

@@ -199,9 +199,13 @@ impl Translator {
                 Reason::Link => {
                     let target = core.hot.enter_page.wrapping_add(u64::from(core.hot.exit_offset));
                     core.regs[usize::from(REG_IP)] = target;
-                    if core.hot.link != NO_LINK {
-                        let link = core.hot.link;
+                    let link = core.hot.link;
+                    if link != NO_LINK {
                         from = Some((self.blocks.epoch, link / MOST_EXITS, link % MOST_EXITS));
+                    } else if let Some(mode) = self.mode(core) {
+                        // Perhaps an indirect branch to another target of the same entry.
+                        self.check_mappings(core);
+                        self.know_target(core, mode, target)?;
                     }
                 }
                 Reason::Indirect => {
@@ -222,6 +226,9 @@ impl Translator {
                 }
                 Reason::Interpret => {
                     core.regs[usize::from(REG_IP)] = left_at;
+                    if core.hot.exit_in_shadow != 0 && core.hot.shadow != 0 {
+                        core.hold_interrupts();
+                    }
                     return Ok(Next::Interpret(1));
                 }
                 Reason::Vectors => {
@@ -234,7 +241,11 @@ impl Translator {
                     }
                     self.kernel_vectors = true;
                 }
-                Reason::Stopped => return Err(stop_from(core.hot.stopped)),
+                Reason::Stopped => {
+                    if let Some(stop) = stop_from(core.hot.stopped) {
+                        return Err(stop);
+                    }
+                }
                 Reason::Op => {
                     core.regs[usize::from(REG_IP)] = left_at;
                     if core.ticks >= core.deadline {
@@ -259,7 +270,7 @@ impl Translator {
         let page = core.regs[usize::from(REG_IP)] & !0xfff;
         let hot = &mut core.hot;
         (hot.budget, hot.flags, hot.enter_page, hot.fpu) = (budget, flags, page, fpu);
-        (hot.undone, hot.withheld) = (0, 0);
+        (hot.undone, hot.withheld, hot.exit_in_shadow, hot.entered_with) = (0, 0, 0, budget);
         let pointer = core.pointer();
         // SAFETY: the gate and the block are of the set of this mode, the frame was prepared above, and `find` has set the
         // page's word. Translated code touches the frame, guest memory through checked addresses, and nothing else; while
@@ -322,13 +333,7 @@ impl Translator {
     }
 
     #[cold]
-    fn find_slow(
-        &mut self,
-        core: &mut FrameBox,
-        mode: Mode,
-        ip: u64,
-        slot: usize,
-    ) -> Result<u32, Stop> {
+    fn find_slow(&mut self, core: &mut FrameBox, mode: Mode, ip: u64, slot: usize) -> Result<u32, Stop> {
         let hpa = core.translate_fetch(ip)?;
         self.blocks.prepare_mode(core, mode);
         let index = match self.blocks.lookup(key(hpa, mode)) {
@@ -412,12 +417,13 @@ impl Translator {
             FlagState::Saved,
         );
         let parts = Parts {
+            tight: self.tight,
             bytes,
             page_word: frame::page_word(page as usize),
             targets: frame::targets(mode.index()),
             block: self.blocks.next_number(),
         };
-        let mut emission = Emission { to, parts, ops: Vec::new(), exits: Vec::new() };
+        let mut emission = Emission { to, parts, ops: Vec::new(), exits: Vec::new(), arrives_in: mode };
         let entries = emission.block(core, decoded)?;
         let (ops, exits) = (emission.ops, emission.exits);
         let origin = self.blocks.arena.room(self.asm.size())?;
@@ -426,7 +432,15 @@ impl Translator {
         let at = |label| self.asm.offset(label).map(|offset| origin + offset);
         let links = exits
             .iter()
-            .map(|e| Some(Link { operand: at(e.operand)?, stub: at(e.stub)?, form: e.form, to: None }))
+            .map(|e| {
+                Some(Link {
+                    operand: at(e.operand)?,
+                    stub: at(e.stub)?,
+                    form: e.form,
+                    mode: e.mode,
+                    to: None,
+                })
+            })
             .collect::<Option<Vec<_>>>()?;
         let block = Block {
             hpa,
@@ -438,6 +452,7 @@ impl Translator {
             links,
             incoming: Vec::new(),
             ops,
+            slots: Vec::new(),
         };
         Some(self.blocks.insert(core, block))
     }
@@ -455,6 +470,7 @@ fn untranslated(hpa: Hpa, mode: Mode, page: u32) -> Block {
         links: Vec::new(),
         incoming: Vec::new(),
         ops: Vec::new(),
+        slots: Vec::new(),
     }
 }
 
@@ -471,11 +487,21 @@ fn counter_of(reason: Reason) -> Counter {
     }
 }
 
-fn stop_from(number: u64) -> Stop {
+/// Why a handler stopped, if it did: it may also be complete, and what follows not to be executed yet.
+fn stop_from(number: u64) -> Option<Stop> {
     match number {
-        0 => Stop::Exception,
-        1 => Stop::Exit,
-        _ => Stop::CodeWrite,
+        0 => None,
+        1 => Some(Stop::Exception),
+        2 => Some(Stop::Exit),
+        _ => Some(Stop::CodeWrite),
+    }
+}
+
+fn stop_number(stop: Stop) -> u64 {
+    match stop {
+        Stop::Exception => 1,
+        Stop::Exit => 2,
+        Stop::CodeWrite => 3,
     }
 }
 
@@ -497,26 +523,36 @@ pub unsafe extern "sysv64" fn callout(core: *mut Core, op: *const Op) -> u64 {
     let (core, op) = unsafe { (&mut *core, &*op) };
     core.counters.count(Counter::TranslatedCallouts);
     core.flags.set_arithmetic(from_saved(core.hot.flags));
-    core.regs[usize::from(REG_IP)] = core.hot.page.wrapping_add(u64::from(core.hot.exit_offset));
-    match (op.run)(core, op) {
-        Ok(()) => {
-            core.hot.undone = 0;
-            core.hot.flags = to_saved(core.flags.arithmetic());
-            // A handler may have put another context in place.
-            core.hot.fpu = std::ptr::from_mut(&mut *core.fpu) as u64;
-            leave_soon(core);
-            0
-        }
-        Err(stop) => {
-            core.hot.flags = to_saved(core.flags.arithmetic());
-            core.hot.stopped = match stop {
-                Stop::Exception => 0,
-                Stop::Exit => 1,
-                Stop::CodeWrite => 2,
-            };
-            1
-        }
+    let ip = core.hot.page.wrapping_add(u64::from(core.hot.exit_offset));
+    core.regs[usize::from(REG_IP)] = ip;
+    let left = core.hot.budget + core.hot.withheld + i64::from(core.hot.undone);
+    // The time, for handlers that look at it, and that they may let pass.
+    let entered_at = core.ticks;
+    let now = entered_at + (core.hot.entered_with - left) as u64;
+    core.ticks = now;
+    let done = (op.run)(core, op);
+    core.hot.budget -= (core.ticks - now) as i64;
+    core.ticks = entered_at;
+    core.hot.flags = to_saved(core.flags.arithmetic());
+    if let Err(stop) = done {
+        core.hot.stopped = stop_number(stop);
+        return 1;
     }
+    let next = ip.wrapping_add(u64::from(op.next));
+    let complete = !op.branch || core.regs[usize::from(REG_IP)] == next;
+    if !complete || core.hot.budget + core.hot.withheld < 0 {
+        if complete {
+            core.regs[usize::from(REG_IP)] = next;
+        }
+        core.hot.undone -= 1;
+        core.hot.stopped = 0;
+        return 1;
+    }
+    core.hot.undone = 0;
+    // A handler may have put another context in place.
+    core.hot.fpu = std::ptr::from_mut(&mut *core.fpu) as u64;
+    leave_soon(core);
+    0
 }
 
 /// Called by translated code: fills the inline TLB for an access. 0: the interpreter must look at it.

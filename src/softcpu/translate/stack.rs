@@ -4,8 +4,9 @@
 
 use super::asm::{Mem, cc, host};
 use super::block::Insn;
+use super::classify::flag;
 use super::emit::{Address, Emitter, FlagState, TooMany, Wants};
-use super::layout::{Home, field, home, hot, segment_base};
+use super::layout::{Home, field, home, hot, segment_base, selector};
 use crate::core::{Core, Msrs};
 use crate::flags::bit;
 use iced_x86::{Instruction, OpKind};
@@ -107,6 +108,88 @@ impl Emitter<'_> {
     pub fn clear_interrupts(&mut self) {
         self.release_flags();
         self.asm.alu_mem_imm(4, 4, Self::system_flags(), !(bit::IF as i32));
+    }
+
+    /// STD, CLD.
+    pub fn set_direction(&mut self, set: bool) {
+        self.release_flags();
+        let (ext, value) = if set { (1, bit::DF as i32) } else { (4, !(bit::DF as i32)) };
+        self.asm.alu_mem_imm(4, ext, Self::system_flags(), value);
+    }
+
+    /// MOV of a segment register to a general one: zero extended, or 16 bits.
+    pub fn read_selector(&mut self, insn: &Instruction) {
+        let index = usize::from(crate::decode::segment_index(insn.op1_register()));
+        self.asm.op_mem(4, &[0x0f, 0xb7], RAX, Mem::frame(selector(index)));
+        let to = insn.op0_register();
+        let size = if to.size() == 2 { 2 } else { 8 };
+        match home(to.full_register().number() as u8) {
+            Home::Host(number) => self.asm.op_reg(size, &[0x8b], number, RAX),
+            Home::Memory(slot) => self.asm.op_mem(size, &[0x89], RAX, Mem::frame(slot)),
+        }
+    }
+
+    /// BSF and BSR: the register stays as it is, upper half and all, when there is no bit.
+    pub fn scan(&mut self, insn: &Insn) -> Result<(), TooMany> {
+        let forward = insn.insn.mnemonic() == iced_x86::Mnemonic::Bsf;
+        let opcode: &[u8] = if forward { &[0x0f, 0xbc] } else { &[0x0f, 0xbd] };
+        let to = insn.insn.op0_register();
+        let size = to.size() as u8;
+        self.release_flags();
+        if insn.insn.op1_kind() == OpKind::Memory {
+            self.check(Address::Operand(&insn.insn), u32::from(size), Wants::Read, false, RAX)?;
+            self.asm.op_mem(size, opcode, R10, Mem::at(RAX, 0));
+        } else {
+            let from = self.value(insn.insn.op1_register().full_register().number() as u8, R10);
+            self.asm.op_reg(size, opcode, R10, from);
+        }
+        let over = self.asm.mark();
+        self.asm.bytes(&[0x70 | cc::E, 0]);
+        match home(to.full_register().number() as u8) {
+            Home::Host(number) => self.asm.op_reg(size, &[0x8b], number, R10),
+            Home::Memory(slot) => {
+                // A 32-bit result clears the upper half.
+                let size = if size == 4 { 8 } else { size };
+                self.asm.op_mem(size, &[0x89], R10, Mem::frame(slot));
+            }
+        }
+        self.asm.close_short_jump(over);
+        self.take_flags(insn, flag::ZF);
+        Ok(())
+    }
+
+    /// BT, BTS, BTR, BTC with a register that says which bit of a string in memory.
+    pub fn bit_string(&mut self, insn: &Insn) -> Result<(), TooMany> {
+        use iced_x86::Mnemonic as M;
+        let size = insn.insn.memory_size().size() as u32;
+        let (opcode, wants): (&[u8], _) = match insn.insn.mnemonic() {
+            M::Bt => (&[0x0f, 0xa3], Wants::Read),
+            M::Bts => (&[0x0f, 0xab], Wants::Both),
+            M::Btr => (&[0x0f, 0xb3], Wants::Both),
+            _ => (&[0x0f, 0xbb], Wants::Both),
+        };
+        let Home::Host(index) = home(insn.insn.op1_register().full_register().number() as u8) else {
+            return Err(TooMany);
+        };
+        self.release_flags();
+        self.check(Address::BitString(&insn.insn, size), size, wants, false, RAX)?;
+        let (size, at) = (size as u8, Mem::at(RAX, 0));
+        self.asm.op_mem(size, &[0x8b], R10, at);
+        self.asm.op_reg(size, opcode, index, R10);
+        if wants == Wants::Both {
+            self.asm.op_mem(size, &[0x89], R10, at);
+        }
+        self.take_flags(insn, flag::CF);
+        Ok(())
+    }
+
+    /// Takes these flags from the host's; the others are the saved ones.
+    fn take_flags(&mut self, insn: &Insn, taken: u8) {
+        if insn.needed_after & !taken != 0 {
+            self.merge_flags(taken);
+        } else {
+            self.flags = if insn.needed_after == 0 { FlagState::Dead } else { FlagState::Host };
+        }
     }
 
     /// SWAPGS at CPL 0: the base in the segment, its copy for addressing, and the MSR.
