@@ -8,6 +8,7 @@ use crate::backend::{MmuKind, MmuOptions};
 use crate::clock::ClockKind;
 use crate::compare::Comparison;
 use crate::console::Sink;
+use crate::engine_option;
 use crate::error::Error;
 use crate::job::{self, JobReport};
 use crate::lockstep::LockstepReport;
@@ -20,6 +21,7 @@ use crate::tables;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use guestmem::Policy;
 use serde::Serialize;
+use softcpu::EngineKind;
 use std::borrow::Cow;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -33,6 +35,9 @@ use std::process::ExitCode;
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
+    /// The engine of the software CPU
+    #[arg(long, value_name = "ENGINE", value_parser = engine_option::parser(), default_value = EngineKind::default().name())]
+    engine: EngineKind,
     /// Write the figures of the main job to this file, as JSON
     #[arg(long, value_name = "FILE.json")]
     report: Option<PathBuf>,
@@ -42,7 +47,7 @@ struct Cli {
 enum Command {
     /// Run one guest; its serial port is on standard input and output
     Run(RunArgs),
-    /// Run one guest once per MMU backend and show the figures side by side
+    /// Run one guest once per MMU backend and engine and show the figures side by side
     Compare(CompareArgs),
     /// Run one guest under two configurations at once and explain the first difference between them
     Lockstep(LockstepArgs),
@@ -63,6 +68,9 @@ struct RunArgs {
     /// The MMU backend
     #[arg(long, value_enum, default_value_t)]
     mmu: MmuKind,
+    /// The engine of the software CPU
+    #[arg(long, value_name = "ENGINE", value_parser = engine_option::parser(), default_value = EngineKind::default().name())]
+    engine: EngineKind,
     /// Where the serial port goes: stdio, null or file:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: Sink,
@@ -81,6 +89,10 @@ struct CompareArgs {
     /// The MMU backends to compare
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = MmuKind::ALL)]
     mmu: Vec<MmuKind>,
+    /// The engines of the software CPU to compare, each under each backend
+    #[arg(long, value_name = "ENGINE,...", value_parser = engine_option::parser(), value_delimiter = ',',
+        default_value = EngineKind::default().name())]
+    engine: Vec<EngineKind>,
     /// Run the shadow backend once more without this switch (may be repeated)
     #[arg(long, value_name = "SWITCH")]
     also_without: Vec<String>,
@@ -238,7 +250,7 @@ pub(crate) fn print(text: &str) {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match &cli.command {
-        None => main_job(cli.report.as_deref()),
+        None => main_job(cli.engine, cli.report.as_deref()),
         Some(Command::Run(args)) => run(args),
         Some(Command::Compare(args)) => compare(args),
         Some(Command::Lockstep(args)) => lockstep_command::run(args),
@@ -257,8 +269,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn main_job(report: Option<&Path>) -> Result<u8, Error> {
-    let done = job::run_all(guests::list(), &stop_on_signals()?)?;
+fn main_job(engine: EngineKind, report: Option<&Path>) -> Result<u8, Error> {
+    let done = job::run_all(guests::list(), engine, &stop_on_signals()?)?;
     print(&done.text());
     if let Some(path) = report {
         write_json(path, &done)?;
@@ -269,6 +281,7 @@ fn main_job(report: Option<&Path>) -> Result<u8, Error> {
 fn run(args: &RunArgs) -> Result<u8, Error> {
     let mut config = args.machine.config()?;
     config.mmu = args.mmu;
+    config.engine = args.engine;
     let session = Session {
         serial: args.serial.clone(),
         debug: args.machine.debug_console.clone(),
@@ -301,11 +314,14 @@ fn compare(args: &CompareArgs) -> Result<u8, Error> {
         progress: progress_wanted(),
         stop: stop_on_signals()?,
     };
-    let mut configs: Vec<_> = args.mmu.iter().map(|&mmu| base.clone().with_mmu(mmu)).collect();
+    let on_each_engine =
+        |config: MachineConfig| args.engine.iter().map(move |&engine| config.clone().with_engine(engine));
+    let mut configs: Vec<_> =
+        args.mmu.iter().flat_map(|&mmu| on_each_engine(base.clone().with_mmu(mmu))).collect();
     for switch in &args.also_without {
         let mut config = base.clone().with_mmu(MmuKind::Shadow);
         config.mmu_options.set(MmuKind::Shadow, switch, false)?;
-        configs.push(config);
+        configs.extend(on_each_engine(config));
     }
     let runs = configs.into_iter().map(|config| session.run(config)).collect::<Result<_, _>>()?;
     let comparison = Comparison::new(runs);

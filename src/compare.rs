@@ -2,8 +2,9 @@
 //!
 //! It stands after the runs and reads nothing but their reports. The first column is the measure of the others.
 
+use crate::measure::{CAUSES, OUTCOMES};
 use crate::quantity::{grouped, nanos};
-use crate::report::{Report, TimeSummary};
+use crate::report::{MachineFacts, Report, TimeSummary};
 use crate::tables::{add_row, phrase, plain, render};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
@@ -17,6 +18,9 @@ pub struct Comparison {
     pub same_end: bool,
     /// Whether every run retired the same instructions in the same guest time and accessed the devices as often.
     pub same_course: bool,
+    /// Whether runs that differ in the engine only left the guest as often, for each cause and with the same outcome.
+    #[serde(default = "yes")]
+    pub same_exits: bool,
     /// The reports, in the order of the runs.
     pub runs: Vec<Report>,
 }
@@ -34,7 +38,10 @@ impl Comparison {
         let same_course = all_same(&|a, b| {
             !a.repeats() || !b.repeats() || course(a) == course(b) && a.counts.devices == b.counts.devices
         });
-        Self { same_output, same_end, same_course, runs }
+        let same_exits = runs.iter().enumerate().all(|(i, a)| {
+            runs[..i].iter().filter(|b| differ_in_engine_only(a, b)).all(|b| exits(a).eq(exits(b)))
+        });
+        Self { same_output, same_end, same_course, same_exits, runs }
     }
 
     /// The exit status of the whole: that of the first run that did not end well, or 1 where the guests differ.
@@ -43,19 +50,21 @@ impl Comparison {
         failed.unwrap_or(if self.same_guest() { 0 } else { 1 })
     }
 
-    /// Whether the guest could not tell the machines apart.
+    /// Whether the guest could not tell the machines apart, nor a backend the engines.
     pub fn same_guest(&self) -> bool {
-        self.same_output && self.same_end && self.same_course
+        self.same_output && self.same_end && self.same_course && self.same_exits
     }
 
     /// The tables: counts, then times.
     pub fn text(&self) -> String {
         let mut out = String::new();
         if let Some(first) = self.runs.first() {
-            out += &format!("{}: {}\n", first.machine.guest, first.machine.image);
+            let engine = &first.machine.engine;
+            let engine = if self.one_engine() { format!("; engine {engine}") } else { String::new() };
+            out += &format!("{}: {}{engine}\n", first.machine.guest, first.machine.image);
         }
         for run in &self.runs {
-            out += &format!("{}: {}; exit status {}\n", title(run), run.sentence, run.status);
+            out += &format!("{}: {}; exit status {}\n", self.title(run), run.sentence, run.status);
         }
         out += if self.same_output { "output: the same in every run\n" } else { "output: DIFFERENT\n" };
         if !self.same_end {
@@ -63,6 +72,9 @@ impl Comparison {
         }
         if !self.same_course {
             out += "instructions, guest time or device accesses: DIFFERENT\n";
+        }
+        if !self.same_exits {
+            out += "exits or faults under two engines: DIFFERENT\n";
         }
         out += if self.runs.iter().all(Report::repeats) {
             "\nCounts (the same whenever these are run)\n"
@@ -72,14 +84,32 @@ impl Comparison {
         out += &self.counts();
         out += "\nTimes (of these runs on this machine)\n";
         out += &self.times();
-        for note in self.runs.iter().flat_map(|run| run.notes.iter().map(move |note| (title(run), note))) {
+        for note in self.runs.iter().flat_map(|run| run.notes.iter().map(move |note| (self.title(run), note)))
+        {
             out += &format!("\nNote on {}: {}.\n", note.0, note.1);
         }
         out
     }
 
+    /// Whether every run had the same engine.
+    fn one_engine(&self) -> bool {
+        self.runs.windows(2).all(|pair| pair[0].machine.engine == pair[1].machine.engine)
+    }
+
+    /// The head of a run's column.
+    fn title(&self, run: &Report) -> String {
+        let m = &run.machine;
+        let mut title = format!("{}/{}", m.cpu, m.mmu);
+        let engine = Some(&m.engine).filter(|_| !self.one_engine());
+        for word in engine.into_iter().chain(&m.mmu_switches) {
+            title += " ";
+            title += word;
+        }
+        title
+    }
+
     fn table(&self) -> comfy_table::Table {
-        let titles: Vec<String> = self.runs.iter().map(title).collect();
+        let titles: Vec<String> = self.runs.iter().map(|run| self.title(run)).collect();
         plain(&std::iter::once("").chain(titles.iter().map(String::as_str)).collect::<Vec<_>>())
     }
 
@@ -142,22 +172,28 @@ impl Comparison {
 /// One of the groups of timed figures.
 type Part = fn(&Report) -> &IndexMap<String, TimeSummary>;
 
-/// The head of a run's column.
-fn title(run: &Report) -> String {
-    let m = &run.machine;
-    let mut title = format!("{}/{}", m.cpu, m.mmu);
-    for switch in &m.mmu_switches {
-        title += " ";
-        title += switch;
-    }
-    title
+/// What left the guest: exits by cause, and what became of the faults among them.
+fn exits(run: &Report) -> impl Iterator<Item = u64> {
+    let counts = &run.counts;
+    std::iter::once(counts.exits).chain(CAUSES.iter().chain(&OUTCOMES).map(|&counter| counts.get(counter)))
+}
+
+/// Whether two runs are of one machine but for the engine, and can be held against each other.
+fn differ_in_engine_only(a: &Report, b: &Report) -> bool {
+    let same = MachineFacts { engine: a.machine.engine.clone(), ..b.machine.clone() };
+    a.repeats() && a.machine != b.machine && a.machine == same
+}
+
+/// Reports of before there was a second engine.
+fn yes() -> bool {
+    true
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::end::End;
-    use crate::report::{Counts, MachineFacts, Times};
+    use crate::report::{Counts, Times};
 
     fn run(mmu: &str, end: End, crc: u32) -> Report {
         let counters = [("exit_pio".to_owned(), 1234), ("exit_tsc".to_owned(), 0)].into_iter().collect();
@@ -169,6 +205,7 @@ mod tests {
                 mmu: mmu.into(),
                 mmu_switches: Vec::new(),
                 cpu: "soft".into(),
+                engine: "interpret".into(),
                 cpu_model: "m".into(),
                 clock: "virtual".into(),
                 policy: "linear".into(),
@@ -205,6 +242,26 @@ mod tests {
         assert!(Comparison::new(course).same_course, "under the host's clock no two runs are alike");
         let exit = End::DebugExit { code: 33 };
         assert_eq!(Comparison::new(vec![run("shadow", exit, 1), run("ept", exit, 1)]).status(), 33);
+    }
+
+    #[test]
+    fn engines_must_leave_the_guest_alike() {
+        let translated = |mmu, exits| {
+            let mut run = run(mmu, End::PowerOff, 1);
+            run.machine.engine = "translate".into();
+            run.counts.counters.insert("exit_pio".into(), exits);
+            run
+        };
+        let shadow = || run("shadow", End::PowerOff, 1);
+        let alike = Comparison::new(vec![shadow(), translated("shadow", 1234), translated("ept", 7)]);
+        assert!(alike.same_exits && alike.status() == 0);
+        let text = alike.text();
+        assert!(text.contains("soft/shadow interpret") && text.contains("soft/ept translate"), "{text}");
+        let unlike = Comparison::new(vec![shadow(), translated("ept", 7), translated("shadow", 1235)]);
+        assert!(!unlike.same_exits && unlike.same_course && unlike.status() == 1);
+        assert!(unlike.text().contains("under two engines: DIFFERENT"));
+        let one = Comparison::new(vec![shadow(), run("ept", End::PowerOff, 1)]).text();
+        assert!(one.contains("engine interpret") && one.contains("soft/shadow:"), "{one}");
     }
 
     #[test]

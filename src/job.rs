@@ -12,6 +12,7 @@ use crate::report::Report;
 use crate::tables::{add_row, main_columns, plain, render};
 use guests::{Ending, Guest};
 use serde::{Deserialize, Serialize};
+use softcpu::EngineKind;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -64,9 +65,11 @@ impl JobReport {
             }
         }
         let (all, failed) = (self.guests.len(), self.failed());
+        let runs = self.guests.first().and_then(|g| g.comparison.runs.first());
+        let engine = runs.map_or_else(String::new, |run| format!(" with the engine {}", run.machine.engine));
         out + &match failed {
-            0 => format!("{all} guests, each under both MMU backends: all passed\n"),
-            _ => format!("{all} guests, each under both MMU backends: {failed} failed\n"),
+            0 => format!("{all} guests, each under both MMU backends{engine}: all passed\n"),
+            _ => format!("{all} guests, each under both MMU backends{engine}: {failed} failed\n"),
         }
     }
 
@@ -86,8 +89,8 @@ impl JobReport {
     }
 }
 
-/// Runs every guest of `list` under both backends on as many threads as the host has processors.
-pub fn run_all(list: &[Guest], stop: &Arc<AtomicBool>) -> Result<JobReport, Error> {
+/// Runs every guest of `list` under both backends with this engine on as many threads as the host has processors.
+pub fn run_all(list: &[Guest], engine: EngineKind, stop: &Arc<AtomicBool>) -> Result<JobReport, Error> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(list.len());
     let next = AtomicUsize::new(0);
     let done = Mutex::new(BTreeMap::new());
@@ -95,7 +98,7 @@ pub fn run_all(list: &[Guest], stop: &Arc<AtomicBool>) -> Result<JobReport, Erro
         for _ in 0..threads {
             scope.spawn(|| {
                 while let Some(guest) = list.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let result = run_guest(guest, stop);
+                    let result = run_guest(guest, engine, stop);
                     done.lock().unwrap_or_else(|e| e.into_inner()).insert(guest.name, result);
                 }
             });
@@ -107,11 +110,11 @@ pub fn run_all(list: &[Guest], stop: &Arc<AtomicBool>) -> Result<JobReport, Erro
     Ok(JobReport { guests })
 }
 
-/// Runs one guest under both backends.
-pub fn run_guest(guest: &Guest, stop: &Arc<AtomicBool>) -> Result<GuestResult, Error> {
+/// Runs one guest under both backends with this engine.
+pub fn run_guest(guest: &Guest, engine: EngineKind, stop: &Arc<AtomicBool>) -> Result<GuestResult, Error> {
     let mut runs = Vec::new();
     for mmu in MmuKind::ALL {
-        let mut config = MachineConfig::for_guest(guest).with_mmu(mmu);
+        let mut config = MachineConfig::for_guest(guest).with_mmu(mmu).with_engine(engine);
         config.limits = Limits { instructions: Some(INSTRUCTION_LIMIT), seconds: None };
         let mut machine = Machine::new(config, Wiring { stop: Arc::clone(stop), ..Wiring::default() })?;
         let ended = machine.run();

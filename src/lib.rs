@@ -32,6 +32,7 @@ pub mod clock;
 pub mod compare;
 pub mod console;
 pub mod end;
+mod engine_option;
 pub mod error;
 mod exits;
 mod host_events;
@@ -43,6 +44,8 @@ mod lockstep_instruction;
 mod lockstep_memory;
 mod lockstep_pair;
 mod lockstep_search;
+#[cfg(test)]
+mod lockstep_search_tests;
 mod lockstep_settings;
 mod lockstep_side;
 mod lockstep_state;

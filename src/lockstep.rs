@@ -29,7 +29,7 @@ use crate::clock::ClockKind;
 use crate::end::End;
 use crate::error::Error;
 use crate::lockstep_pair::{Disagreement, Extent, Pair};
-use crate::lockstep_search;
+use crate::lockstep_search::{self, Make, Span};
 use crate::lockstep_settings;
 use crate::machine::{Limits, MachineConfig, Wiring};
 use serde::{Deserialize, Serialize};
@@ -159,29 +159,34 @@ impl Lockstep {
         report.translations = pair.translations;
         match course {
             Course::Ended(end) => report.end = Some(end),
-            Course::Differs { same, disagreement } => {
-                let search = options.search.then_some((&left, &right, &stop));
-                report.difference = Some(explain(&pair, &disagreement, same, search)?);
+            Course::Differs { same, target, disagreement } => {
+                let make = || {
+                    let wiring = Wiring { stop: Arc::clone(&stop), ..Wiring::default() };
+                    Pair::new(left.clone(), right.clone(), wiring)
+                };
+                let differs = pair.left.retired().max(pair.right.retired());
+                let span = Span { every: options.every, same, target, differs };
+                let search = options.search.then_some((&make as _, &*stop));
+                report.difference = Some(explain(&pair, &disagreement, span, search)?);
             }
         }
         Ok(report)
     }
 }
 
-/// Explains a difference that came up after `same` instructions, after a search for the first of them with these two
-/// machines and this switch, unless none is asked for.
+/// Explains a difference that came up in a span of instructions, after a search for the first of them with pairs made anew
+/// and this switch to stop it, unless none is asked for.
 fn explain(
     pair: &Pair,
     disagreement: &Disagreement,
-    same: u64,
-    search: Option<(&MachineConfig, &MachineConfig, &Arc<AtomicBool>)>,
+    span: Span,
+    search: Option<(Make<'_>, &AtomicBool)>,
 ) -> Result<Difference, Error> {
-    let coarse = |why| Ok(Difference::unsearched(pair, disagreement, same, why));
-    let Some((left, right, stop)) = search else {
+    let coarse = |why| Ok(Difference::unsearched(pair, disagreement, span.same, why));
+    let Some((make, stop)) = search else {
         return coarse("no search for the first instruction was asked for");
     };
-    let differs = pair.left.retired().max(pair.right.retired());
-    match lockstep_search::find(left, right, stop, same, differs)? {
+    match lockstep_search::find(make, span)? {
         Some(found) => Ok(Difference::explain(&found)),
         None if stop.load(Ordering::Relaxed) => {
             coarse("the search for the first instruction was interrupted")
@@ -194,18 +199,18 @@ fn explain(
 enum Course {
     /// Both ended alike.
     Ended(End),
-    /// After `same` instructions all was the same, where they stand now it is not.
-    Differs { same: u64, disagreement: Disagreement },
+    /// After `same` instructions all was the same; they were sent on to `target`, and where they stand now it is not.
+    Differs { same: u64, target: u64, disagreement: Disagreement },
 }
 
 /// Runs a pair from stop to stop.
 fn follow(pair: &mut Pair, limits: &Limits, options: &LockstepOptions, stops: &mut u64) -> Course {
     let started = Instant::now();
-    let mut same = 0;
+    let (mut same, mut target) = (0, 0);
     let mut disagreement = pair.compare(Extent::All);
     loop {
         if !disagreement.is_none() {
-            return Course::Differs { same, disagreement };
+            return Course::Differs { same, target, disagreement };
         }
         same = pair.left.retired();
         if let Some(end) = pair.end() {
@@ -219,6 +224,7 @@ fn follow(pair: &mut Pair, limits: &Limits, options: &LockstepOptions, stops: &m
             next = next.min(instructions);
         }
         let seconds = limits.seconds.map(|all| all.saturating_sub(started.elapsed().as_secs()).max(1));
+        target = next;
         pair.advance(next, seconds);
         if let Some(end) = pair.end().filter(End::is_from_outside) {
             // The sides may have been stopped anywhere; there is nothing to compare.

@@ -5,10 +5,12 @@
 use crate::backend::MmuKind;
 use crate::cli::{MachineArgs, print, write_json};
 use crate::console::Sink;
+use crate::engine_option;
 use crate::error::Error;
 use crate::lockstep::{Lockstep, LockstepOptions, SideSettings};
 use crate::session::{Session, progress_wanted, stop_on_signals};
 use clap::Args;
+use softcpu::EngineKind;
 
 /// The options of `antumbra lockstep`.
 #[derive(Debug, Args)]
@@ -18,12 +20,18 @@ pub(crate) struct LockstepArgs {
     /// Compare after every N instructions
     #[arg(long, value_name = "N", default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..))]
     every: u64,
-    /// What is set on the left side only: mmu=, policy=, table-memory=, off=SWITCH (which may be repeated)
-    #[arg(long, value_name = "NAME=VALUE,...", default_value = "mmu=shadow")]
-    left: SideSettings,
+    /// The engine of the software CPU, where --left and --right do not say
+    #[arg(long, value_name = "ENGINE", value_parser = engine_option::parser(), default_value = EngineKind::default().name())]
+    engine: EngineKind,
+    /// The MMU backend of both sides, where --left and --right do not say [default: shadow against ept]
+    #[arg(long, value_enum)]
+    mmu: Option<MmuKind>,
+    /// What is set on the left side only: mmu=, engine=, policy=, table-memory=, off=SWITCH (which may be repeated)
+    #[arg(long, value_name = "NAME=VALUE,...")]
+    left: Option<SideSettings>,
     /// What is set on the right side only
-    #[arg(long, value_name = "NAME=VALUE,...", default_value = "mmu=ept")]
-    right: SideSettings,
+    #[arg(long, value_name = "NAME=VALUE,...")]
+    right: Option<SideSettings>,
     /// Where the left side's serial port goes: stdio, null or file:PATH
     #[arg(long, value_name = "WHERE", default_value = "null")]
     serial: Sink,
@@ -32,9 +40,12 @@ pub(crate) struct LockstepArgs {
 /// Runs it and gives the exit status.
 pub(crate) fn run(args: &LockstepArgs) -> Result<u8, Error> {
     let base = args.machine.config()?;
-    let (mut left, mut right) = (base.clone().with_mmu(MmuKind::Shadow), base.with_mmu(MmuKind::Ept));
-    args.left.apply(&mut left)?;
-    args.right.apply(&mut right)?;
+    let side = |settings: &Option<SideSettings>, otherwise| {
+        let mut config = base.clone().with_mmu(args.mmu.unwrap_or(otherwise)).with_engine(args.engine);
+        settings.iter().try_for_each(|settings| settings.apply(&mut config))?;
+        Ok::<_, Error>(config)
+    };
+    let (left, right) = (side(&args.left, MmuKind::Shadow)?, side(&args.right, MmuKind::Ept)?);
     let session = Session {
         serial: args.serial.clone(),
         debug: args.machine.debug_console.clone(),

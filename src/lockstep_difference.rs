@@ -20,6 +20,9 @@ use serde::{Deserialize, Serialize};
 const WORDS: usize = 16;
 /// So many addresses are walked.
 const ADDRESSES: usize = 3;
+/// What there is to say of a difference that single steps do not show.
+const ONLY_TOGETHER: &str = "the difference comes up where these instructions run without a stop between them, and not where they run one \
+    by one: an engine that translates executes them as a whole only where no stop comes between";
 
 /// The first difference between two machines.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +33,10 @@ pub struct Difference {
     pub differs_at: u64,
     /// What both executed in between; `None` where the difference could not be narrowed down to one instruction.
     pub instruction: Option<Instruction>,
+    /// What both executed in between where it is more than one: the stretch that differs when it runs without a stop, the first
+    /// instructions of it.
+    #[serde(default)]
+    pub stretch: Vec<Instruction>,
     /// Registers, time, devices and output that differ.
     pub state: Vec<Row>,
     /// Memory that differs, the first words of it.
@@ -93,6 +100,10 @@ impl Difference {
         let Found { pair, before, disagreement, .. } = found;
         let mut difference = Self::of(pair, disagreement, before.retired);
         difference.instruction.clone_from(&before.instruction);
+        difference.stretch.clone_from(&found.stretch);
+        if !found.stretch.is_empty() {
+            difference.remarks.push(ONLY_TOGETHER.to_owned());
+        }
         difference.events = events(pair, before);
         difference.fault = one_sided_fault(pair, before);
         for address in difference.addresses(pair, before, disagreement) {
@@ -126,6 +137,7 @@ impl Difference {
             same_at,
             differs_at: pair.left.retired().max(pair.right.retired()),
             instruction: None,
+            stretch: Vec::new(),
             state: disagreement.state.clone(),
             memory,
             memory_words,
@@ -303,6 +315,9 @@ fn remark(gva: Gva, entry: &Stale, found: &Found) -> String {
             i.gva,
             grouped(i.retired)
         ),
+        None if found.looked_through == 0 => {
+            format!("{held}: the entry is stale, which is legitimate until the guest flushes it")
+        }
         None => format!(
             "{held}: the entry is stale, which is legitimate until the guest flushes it, and no INVLPG among the {} \
              instructions before should have removed it",

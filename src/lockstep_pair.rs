@@ -61,14 +61,19 @@ impl Pair {
     /// Builds both. `wiring` is for the left one; the right one is connected to nothing but the switch that stops both.
     pub(crate) fn new(left: MachineConfig, right: MachineConfig, wiring: Wiring) -> Result<Self, Error> {
         let silent = Wiring { stop: wiring.stop.clone(), ..Wiring::default() };
-        Ok(Self {
-            left: Side::new(left, wiring)?,
-            right: Side::new(right, silent)?,
+        Ok(Self::of(Side::new(left, wiring)?, Side::new(right, silent)?))
+    }
+
+    /// Two sides that stand before their first instruction.
+    pub(crate) fn of(left: Side, right: Side) -> Self {
+        Self {
+            left,
+            right,
             written: BTreeSet::new(),
             buffers: Frames::default(),
             frames_compared: 0,
             translations: TranslationCounts::default(),
-        })
+        }
     }
 
     /// Runs both until `to` instructions are retired, or a few more so that both stand between the same two instructions.

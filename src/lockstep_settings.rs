@@ -5,12 +5,14 @@
 
 use crate::backend::MmuKind;
 use crate::cli::parse_policy;
+use crate::engine_option;
 use crate::error::Error;
 use crate::machine::MachineConfig;
 use crate::observe::policy_name;
 use crate::quantity::{parse_size, size};
 use clap::ValueEnum;
 use guestmem::Policy;
+use softcpu::EngineKind;
 use std::str::FromStr;
 
 /// What is set on one side only, in order.
@@ -20,6 +22,7 @@ pub struct SideSettings(Vec<Setting>);
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Setting {
     Mmu(MmuKind),
+    Engine(EngineKind),
     Policy(Policy),
     TableMemory(u64),
     /// A switch of the side's backend, to be turned off.
@@ -31,9 +34,9 @@ enum Setting {
 
 /// The settings there are.
 #[cfg(not(feature = "seeded-faults"))]
-const NAMES: &str = "mmu, policy, table-memory, off";
+const NAMES: &str = "mmu, engine, policy, table-memory, off";
 #[cfg(feature = "seeded-faults")]
-const NAMES: &str = "mmu, policy, table-memory, off, seeded";
+const NAMES: &str = "mmu, engine, policy, table-memory, off, seeded";
 
 impl FromStr for SideSettings {
     type Err = String;
@@ -51,6 +54,7 @@ fn parse(text: &str) -> Result<Setting, String> {
         "mmu" => Setting::Mmu(
             MmuKind::from_str(value, false).map_err(|_| format!("'{value}' is none of shadow, ept"))?,
         ),
+        "engine" => Setting::Engine(engine_option::parse(value)?),
         "policy" => Setting::Policy(parse_policy(value)?),
         "table-memory" => Setting::TableMemory(parse_size(value)?),
         "off" => Setting::Off(value.to_owned()),
@@ -71,6 +75,7 @@ impl SideSettings {
         for setting in &self.0 {
             match setting {
                 Setting::Mmu(_) => {}
+                Setting::Engine(engine) => config.engine = *engine,
                 Setting::Policy(policy) => config.policy = *policy,
                 Setting::TableMemory(bytes) => config.table_memory = *bytes,
                 Setting::Off(switch) => config.mmu_options.set(config.mmu, switch, false)?,
@@ -106,8 +111,11 @@ fn seed(config: &mut MachineConfig, name: &str) -> Result<(), Error> {
 /// The settings of a machine, in the form in which they are given.
 pub(crate) fn describe(config: &MachineConfig) -> String {
     let default = MachineConfig::new("", Vec::new());
-    let mut words =
-        vec![format!("mmu={}", config.mmu.name()), format!("policy={}", policy_name(config.policy))];
+    let mut words = vec![
+        format!("mmu={}", config.mmu.name()),
+        format!("engine={}", config.engine.name()),
+        format!("policy={}", policy_name(config.policy)),
+    ];
     if config.table_memory != default.table_memory {
         words.push(format!("table-memory={}", size(config.table_memory)));
     }
@@ -136,9 +144,9 @@ mod tests {
     #[test]
     fn settings_are_read_applied_and_described_alike() {
         for text in [
-            "mmu=shadow,policy=linear",
-            "mmu=ept,policy=scatter:7",
-            "mmu=shadow,policy=demand,table-memory=1M,off=eager-update,off=flood-zap",
+            "mmu=shadow,engine=interpret,policy=linear",
+            "mmu=ept,engine=translate,policy=scatter:7",
+            "mmu=shadow,engine=translate,policy=demand,table-memory=1M,off=eager-update,off=flood-zap",
         ] {
             let mut machine = config();
             text.parse::<SideSettings>().unwrap().apply(&mut machine).unwrap();
@@ -160,8 +168,9 @@ mod tests {
             ("", "NAME=VALUE"),
             ("shadow", "NAME=VALUE"),
             ("mmu=xen", "shadow, ept"),
+            ("engine=warp", "interpret, translate"),
             ("policy=best", "linear"),
-            ("memory=1G", "mmu, policy, table-memory, off"),
+            ("memory=1G", "mmu, engine, policy, table-memory, off"),
             ("table-memory=0", "no memory"),
         ] {
             let error = text.parse::<SideSettings>().unwrap_err();

@@ -36,7 +36,11 @@ impl Side {
     pub(crate) fn new(config: MachineConfig, mut wiring: Wiring) -> Result<Self, Error> {
         let debug = Transcript::default();
         wiring.debug = debug.tap(wiring.debug);
-        let machine = Machine::new(config, wiring)?;
+        Self::of(Machine::new(config, wiring)?, debug)
+    }
+
+    /// Begins to note what a machine writes, whose debug console is this one.
+    pub(crate) fn of(machine: Machine, debug: Transcript) -> Result<Self, Error> {
         machine.memory.host().start_write_log().map_err(guestmem::MemoryError::from)?;
         let mut side = Self { machine, debug, standing: Standing::Stopped, owners: Vec::new() };
         side.learn_owners();

@@ -86,7 +86,20 @@ fn explanation(d: &Difference) -> String {
             out += &format!("  {:#x}:  {}   {}\n", i.rip, i.hex(), i.text);
             out += &format!("and after {} instructions there is a difference.\n", grouped(d.differs_at));
         }
-        None => out += &format!("After {} there is a difference.\n", grouped(d.differs_at)),
+        None if d.stretch.is_empty() => {
+            out += &format!("After {} there is a difference.\n", grouped(d.differs_at));
+        }
+        None => {
+            out += "Then both sides executed, without a stop,\n";
+            for i in &d.stretch {
+                out += &format!("  {:#x}:  {}   {}\n", i.rip, i.hex(), i.text);
+            }
+            let more = (d.differs_at - d.same_at).saturating_sub(d.stretch.len() as u64);
+            if more > 0 {
+                out += &format!("  and {} more\n", grouped(more));
+            }
+            out += &format!("and after {} instructions there is a difference.\n", grouped(d.differs_at));
+        }
     }
     if !d.state.is_empty() {
         out += "\n";

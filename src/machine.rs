@@ -15,6 +15,7 @@ use boot::{BootRequest, BootState, MemoryLayout};
 use devices::{Chipset, ChipsetConfig};
 use guestmem::{Gpa, GuestMemory, MemoryConfig, PAGE_SIZE, Policy, RegionConfig, RegionKind};
 use mmu::{Counters, CpuId, Intercepts, MmuBackend, TableRoot};
+use softcpu::{EngineKind, SoftCpu};
 use std::borrow::Cow;
 use std::io::Write;
 use std::sync::Arc;
@@ -58,6 +59,8 @@ pub struct MachineConfig {
     pub mmu_options: MmuOptions,
     /// The CPU model.
     pub cpu_model: softcpu::CpuModel,
+    /// The engine of the software CPU.
+    pub engine: EngineKind,
     /// The clock.
     pub clock: ClockKind,
     /// When to stop.
@@ -80,6 +83,7 @@ impl MachineConfig {
             mmu: MmuKind::Shadow,
             mmu_options: MmuOptions::default(),
             cpu_model: softcpu::CpuModel::default(),
+            engine: EngineKind::default(),
             clock: ClockKind::Virtual,
             limits: Limits::default(),
             audit_every: None,
@@ -94,6 +98,12 @@ impl MachineConfig {
     /// The same machine with another MMU backend.
     pub fn with_mmu(mut self, mmu: MmuKind) -> Self {
         self.mmu = mmu;
+        self
+    }
+
+    /// The same machine with another engine of the software CPU.
+    pub fn with_engine(mut self, engine: EngineKind) -> Self {
+        self.engine = engine;
         self
     }
 }
@@ -170,7 +180,10 @@ impl Machine {
     pub fn new(config: MachineConfig, wiring: Wiring) -> Result<Self, Error> {
         let model = config.cpu_model.clone();
         let tsc_hz = model.tsc_hz();
-        Self::with_cpu(config, wiring, tsc_hz, |memory| Ok(Box::new(softcpu::SoftCpu::new(memory, model)?)))
+        let engine = config.engine;
+        Self::with_cpu(config, wiring, tsc_hz, |memory| {
+            Ok(Box::new(SoftCpu::with_engine(memory, model, engine)?))
+        })
     }
 
     /// A machine with the CPU that `make_cpu` gives, whose time-stamp counter runs at `tsc_hz`.

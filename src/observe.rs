@@ -51,6 +51,7 @@ impl Machine {
             mmu: config.mmu.name().to_owned(),
             mmu_switches: config.mmu_options.changed(config.mmu),
             cpu: "soft".to_owned(),
+            engine: config.engine.name().to_owned(),
             cpu_model: config.cpu_model.name().to_owned(),
             clock: config.clock.name().to_owned(),
             policy: policy_name(config.policy),

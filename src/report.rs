@@ -55,6 +55,9 @@ pub struct MachineFacts {
     pub mmu_switches: Vec<String>,
     /// The kind of CPU.
     pub cpu: String,
+    /// The engine of the software CPU.
+    #[serde(default = "first_engine")]
+    pub engine: String,
     /// The CPU model.
     pub cpu_model: String,
     /// The clock.
@@ -67,6 +70,11 @@ pub struct MachineFacts {
     pub table_memory: u64,
     /// The command line.
     pub cmdline: String,
+}
+
+/// The engine of reports that do not name it: there was one.
+fn first_engine() -> String {
+    softcpu::EngineKind::Interpret.name().to_owned()
 }
 
 /// Reads and writes of one device.
@@ -206,6 +214,7 @@ mod tests {
             mmu: String::new(),
             mmu_switches: Vec::new(),
             cpu: String::new(),
+            engine: String::new(),
             cpu_model: String::new(),
             clock: String::new(),
             policy: String::new(),

@@ -68,7 +68,7 @@ pub fn heading(report: &Report) -> String {
         if m.mmu_switches.is_empty() { String::new() } else { format!(" ({})", m.mmu_switches.join(", ")) };
     let c = &report.counts;
     format!(
-        "{}: {}; {} of memory, {}; --mmu {}{switches} --cpu {} ({}) --clock {}\n{}; exit status {}\n\
+        "{}: {}; {} of memory, {}; --mmu {}{switches} --cpu {} ({}) --engine {} --clock {}\n{}; exit status {}\n\
          {} instructions, {} of guest time, {} by the host's clock, {:.1} million instructions a second\n",
         m.guest,
         m.image,
@@ -77,6 +77,7 @@ pub fn heading(report: &Report) -> String {
         m.mmu,
         m.cpu,
         m.cpu_model,
+        m.engine,
         m.clock,
         report.sentence,
         report.status,

@@ -1,5 +1,6 @@
 //! The program as a user meets it: exit statuses, sentences, files.
 
+use softcpu::EngineKind;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
@@ -42,6 +43,9 @@ fn bad_usage_is_status_2_with_a_sentence() {
         (&["run", "--guest", "hello", "--cpu", "kvm"], "not built into this version"),
         (&["run", "--guest", "hello", "--cpu-model", "486"], "no CPU model"),
         (&["run", "--guest", "hello", "--mmu", "xen"], "shadow"),
+        (&["run", "--guest", "hello", "--engine", "warp"], "interpret, translate"),
+        (&["compare", "--guest", "hello", "--engine", "translate,warp"], "interpret, translate"),
+        (&["--engine", "warp"], "interpret, translate"),
         (&["run", "--guest", "hello", "--policy", "best"], "linear, demand, scatter"),
         (&["run", "--guest", "hello", "--shadow-off", "warp"], "not a switch"),
         (&["run", "--guest", "hello", "--audit", "0"], "--audit"),
@@ -51,6 +55,7 @@ fn bad_usage_is_status_2_with_a_sentence() {
         (&["lockstep"], "--kernel"),
         (&["lockstep", "--guest", "hello", "--every", "0"], "--every"),
         (&["lockstep", "--guest", "hello", "--left", "mmu=xen"], "shadow, ept"),
+        (&["lockstep", "--guest", "hello", "--left", "engine=warp"], "interpret, translate"),
         (&["lockstep", "--guest", "hello", "--right", "warp"], "NAME=VALUE"),
         (&["lockstep", "--guest", "hello", "--left", "off=warp"], "not a switch"),
         (&["lockstep", "--guest", "hello", "--clock", "host"], "virtual clock"),
@@ -197,11 +202,21 @@ fn compare_puts_the_backends_side_by_side() {
 fn lockstep_says_whether_there_is_a_difference() {
     let path = scratch("lockstep.json");
     let file = path.to_str().unwrap();
-    let words =
-        ["lockstep", "--guest", "hello", "--every", "1000", "--right", "policy=scatter", "--report", file];
+    let words = [
+        "lockstep",
+        "--guest",
+        "hello",
+        "--every",
+        "1000",
+        "--right",
+        "policy=scatter",
+        "--engine",
+        "translate",
+    ];
+    let words = [&words[..], &["--report", file]].concat();
     let output = status(&words, 0);
     let said = stdout(&output);
-    assert!(said.contains("right: mmu=ept,policy=scatter:1\nno difference\n"), "{said}");
+    assert!(said.contains("right: mmu=ept,engine=translate,policy=scatter:1\nno difference\n"), "{said}");
     assert!(output.stderr.is_empty());
     let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     assert!(json["translations"]["compared"].as_u64().unwrap() > 0 && json["difference"].is_null());
@@ -218,6 +233,53 @@ fn lockstep_says_whether_there_is_a_difference() {
         "{said}"
     );
     assert_eq!(stdout(&status(&["report", file], 0)), said);
+}
+
+#[test]
+fn an_engine_is_chosen_and_named() {
+    let path = scratch("engine.json");
+    let file = path.to_str().unwrap();
+    for engine in EngineKind::ALL.map(EngineKind::name) {
+        let words = ["run", "--guest", "hello", "--engine", engine, "--report", file];
+        let said = stderr(&status(&words, 33));
+        assert!(said.contains(&format!("--engine {engine} ")), "{said}");
+        let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        assert_eq!(json["machine"]["engine"], engine);
+    }
+    let default = EngineKind::default().name();
+    assert!(stderr(&status(&["run", "--guest", "hello"], 33)).contains(&format!("--engine {default} ")));
+    for command in ["run", "compare", "lockstep"] {
+        let said = stdout(&status(&[command, "--help"], 0));
+        assert!(said.contains("--engine") && said.contains("translate"), "{command}: {said}");
+        assert!(said.contains(&format!("[default: {default}]")), "{command}: {said}");
+    }
+}
+
+#[test]
+fn compare_puts_the_engines_side_by_side() {
+    let path = scratch("engines.json");
+    let file = path.to_str().unwrap();
+    let words = ["compare", "--guest", "forkwait", "--engine", "interpret,translate", "--report", file];
+    let said = stdout(&status(&words, 33));
+    for title in ["shadow interpret", "shadow translate", "ept interpret", "ept translate"] {
+        assert!(said.contains(&format!("soft/{title}")), "{said}");
+    }
+    assert!(!said.contains("DIFFERENT"), "{said}");
+    let json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert_eq!((json["runs"].as_array().unwrap().len(), &json["same_exits"]), (4, &true.into()));
+    assert_eq!(stdout(&status(&["report", file], 0)), said);
+}
+
+#[test]
+fn lockstep_compares_two_engines() {
+    for mmu in ["shadow", "ept"] {
+        let words = ["lockstep", "--guest", "hello", "--mmu", mmu, "--left", "engine=interpret", "--right"];
+        let said = stdout(&status(&[&words[..], &["engine=translate"]].concat(), 0));
+        let sides = [("left: ", "interpret"), ("right:", "translate")];
+        for (side, engine) in sides {
+            assert!(said.contains(&format!("{side} mmu={mmu},engine={engine},policy=linear\n")), "{said}");
+        }
+    }
 }
 
 #[test]
@@ -263,7 +325,8 @@ fn a_trace_has_a_line_for_each_exit() {
 #[test]
 fn the_main_job_is_what_runs_without_a_word() {
     let path = scratch("job.json");
-    let output = status(&["--report", path.to_str().unwrap()], 0);
+    let engine = EngineKind::Interpret.name();
+    let output = status(&["--engine", engine, "--report", path.to_str().unwrap()], 0);
     let said = stdout(&output);
     for guest in guests::list() {
         assert_eq!(
@@ -272,7 +335,7 @@ fn the_main_job_is_what_runs_without_a_word() {
             "{said}"
         );
     }
-    assert!(said.contains("all passed"), "{said}");
+    assert!(said.contains(&format!("with the engine {engine}: all passed")), "{said}");
     let shown = status(&["report", path.to_str().unwrap()], 0);
     assert_eq!(stdout(&shown), said);
 }

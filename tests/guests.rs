@@ -7,6 +7,7 @@ use antumbra::{End, Limits, Machine, MachineConfig, MmuKind, Wiring};
 use common::{POLICIES, config, finish, guest, run};
 use guestmem::{Gfn, Policy};
 use mmu::Counter;
+use softcpu::EngineKind;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -187,14 +188,16 @@ fn shadow_paging_costs_exits_that_nested_paging_does_not() {
 
 #[test]
 fn the_main_job_passes_and_survives_json() {
-    let done = antumbra::job::run_all(guests::list(), &Default::default()).unwrap();
+    let done = antumbra::job::run_all(guests::list(), EngineKind::default(), &Default::default()).unwrap();
     assert_eq!(done.failed(), 0, "{}", done.text());
     assert_eq!(done.guests.len(), guests::list().len());
     let text = serde_json::to_string(&done).unwrap();
     let back: antumbra::job::JobReport = serde_json::from_str(&text).unwrap();
     assert_eq!(back.text(), done.text());
     assert_eq!(done.status(), 0);
-    let stopped = antumbra::job::run_all(guests::list(), &Arc::new(AtomicBool::new(true))).unwrap();
+    let stopped =
+        antumbra::job::run_all(guests::list(), EngineKind::default(), &Arc::new(AtomicBool::new(true)))
+            .unwrap();
     assert_eq!(stopped.failed(), guests::list().len());
     assert_eq!(stopped.status(), 130);
 }
