@@ -1,0 +1,110 @@
+//! A software CPU that begins in a state of the test's and gets interrupts at instructions of the test's choice.
+
+use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
+use softcpu::SoftCpu;
+use vcpu::{Answer, ArchState, CachedTranslation, Entry, Exit, Vcpu, VcpuError};
+
+pub struct Seated {
+    cpu: SoftCpu,
+    first: Option<ArchState>,
+    /// Interrupts to come, the next one last.
+    interrupts: Vec<(u64, u8)>,
+    /// No instruction is half done.
+    between: bool,
+    /// AF is lost where more than twenty instructions run in one go.
+    planted: bool,
+}
+
+impl Seated {
+    pub fn new(cpu: SoftCpu, first: ArchState, mut interrupts: Vec<(u64, u8)>, planted: bool) -> Self {
+        interrupts.sort_by_key(|&(after, _)| std::cmp::Reverse(after));
+        Self { cpu, first: Some(first), interrupts, between: true, planted }
+    }
+
+    /// Queues what is due; gives the deadline at which something is due next.
+    fn interrupt(&mut self, deadline: u64) -> u64 {
+        let Some(&(after, vector)) = self.interrupts.last() else { return deadline };
+        let now = self.cpu.retired();
+        if now < after {
+            return deadline.min(self.cpu.ticks() + (after - now));
+        }
+        if self.between && self.cpu.can_take_interrupt() {
+            self.cpu.inject_interrupt(vector);
+            self.interrupts.pop();
+            return self.interrupt(deadline);
+        }
+        self.cpu.request_interrupt_window(true);
+        deadline
+    }
+}
+
+impl Vcpu for Seated {
+    fn run(&mut self, entry: Entry, deadline: u64) -> Result<Exit, VcpuError> {
+        let mut entry = entry;
+        loop {
+            let until = self.interrupt(deadline);
+            let began = self.cpu.ticks();
+            let exit = self.cpu.run(entry, until)?;
+            if self.planted && exit == Exit::Deadline && self.cpu.ticks() > began + 20 {
+                let state = self.cpu.state();
+                self.cpu.set_state(&ArchState { rflags: state.rflags & !0x10, ..state });
+            }
+            self.between = matches!(
+                exit,
+                Exit::TableWritten(_) | Exit::Hlt { .. } | Exit::InterruptWindow | Exit::Deadline
+            );
+            match exit {
+                Exit::Deadline if self.cpu.ticks() < deadline => entry = Entry::Answer(Answer::Done),
+                Exit::InterruptWindow => entry = Entry::Answer(Answer::Done),
+                exit => return Ok(exit),
+            }
+        }
+    }
+    fn ticks(&self) -> u64 {
+        self.cpu.ticks()
+    }
+    fn add_ticks(&mut self, ticks: u64) {
+        self.cpu.add_ticks(ticks);
+    }
+    fn retired(&self) -> u64 {
+        self.cpu.retired()
+    }
+    fn paging_state(&self) -> PagingState {
+        self.cpu.paging_state()
+    }
+    fn set_translation(&mut self, root: TableRoot, intercepts: Intercepts) {
+        self.cpu.set_translation(root, intercepts);
+    }
+    fn flush(&mut self, flush: TlbFlush) {
+        self.cpu.flush(flush);
+    }
+    fn can_take_interrupt(&self) -> bool {
+        self.cpu.can_take_interrupt()
+    }
+    fn is_delivering(&self) -> bool {
+        self.cpu.is_delivering()
+    }
+    fn inject_interrupt(&mut self, vector: u8) {
+        self.cpu.inject_interrupt(vector);
+    }
+    fn inject_nmi(&mut self) {
+        self.cpu.inject_nmi();
+    }
+    fn request_interrupt_window(&mut self, wanted: bool) {
+        self.cpu.request_interrupt_window(wanted);
+    }
+    fn state(&self) -> ArchState {
+        self.cpu.state()
+    }
+    /// The boot protocol's state gives way to the test's.
+    fn set_state(&mut self, state: &ArchState) {
+        let first = self.first.take();
+        self.cpu.set_state(first.as_ref().unwrap_or(state));
+    }
+    fn cached_translations(&self) -> Vec<CachedTranslation> {
+        self.cpu.cached_translations()
+    }
+    fn counters(&self) -> &Counters {
+        self.cpu.counters()
+    }
+}
