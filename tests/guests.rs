@@ -1,22 +1,23 @@
-//! Every embedded guest on each backend: it passes, it repeats, and it cannot tell how its memory is virtualized.
+//! Every embedded guest on each backend with each engine: it passes, it repeats, and it can tell neither how its memory is
+//! virtualized nor how its instructions are executed.
 
 mod common;
 
 use antumbra::job::ends_as;
 use antumbra::{End, Limits, Machine, MachineConfig, MmuKind, Wiring};
-use common::{POLICIES, config, finish, guest, run};
+use common::{POLICIES, Square, config, finish, guest, run};
 use guestmem::{Gfn, Policy};
 use mmu::Counter;
 use softcpu::EngineKind;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-on_each_backend! {
-    fn every_guest_passes_under_every_policy(mmu) {
+on_each_square! {
+    fn every_guest_passes_under_every_policy(square) {
         for guest in guests::list() {
             let mut first = None;
             for policy in POLICIES {
-                let ran = run(MachineConfig { policy, ..config(guest, mmu) });
+                let ran = run(MachineConfig { policy, ..square.config(guest) });
                 assert!(ends_as(guest.ending, ran.end()), "{} {policy:?}: {}\n{}", guest.name, ran.end(), ran.serial);
                 let course = ran.course();
                 assert_eq!(first.get_or_insert_with(|| course.clone()), &course, "{} {policy:?}", guest.name);
@@ -24,46 +25,46 @@ on_each_backend! {
         }
     }
 
-    fn two_runs_count_the_same(mmu) {
+    fn two_runs_count_the_same(square) {
         for guest in guests::list() {
-            let once = run(config(guest, mmu));
-            let again = run(config(guest, mmu));
+            let once = run(square.config(guest));
+            let again = run(square.config(guest));
             assert_eq!(once.deterministic(), again.deterministic(), "{}", guest.name);
             assert_eq!(once.serial, again.serial, "{}", guest.name);
         }
     }
 
-    fn no_switch_changes_what_a_guest_sees(mmu) {
+    fn no_switch_changes_what_a_guest_sees(square) {
         let defaults = MachineConfig::new("", Vec::new()).mmu_options;
         let all = [("all", "", true)];
         for guest in guests::list() {
-            let course = run(config(guest, mmu)).course();
-            for (name, _, _) in defaults.switches(mmu).into_iter().chain(all) {
-                let mut changed = config(guest, mmu);
-                changed.mmu_options.set(mmu, name, false).unwrap();
+            let course = run(square.config(guest)).course();
+            for (name, _, _) in defaults.switches(square.mmu).into_iter().chain(all) {
+                let mut changed = square.config(guest);
+                changed.mmu_options.set(square.mmu, name, false).unwrap();
                 assert_eq!(run(changed).course(), course, "{} without {name}", guest.name);
             }
         }
     }
 
-    fn a_small_pool_of_tables_is_enough(mmu) {
+    fn a_small_pool_of_tables_is_enough(square) {
         for name in ["hello", "demand-touch", "forkwait", "ctxswitch", "largepages"] {
             let guest = guest(name);
-            let small = MachineConfig { table_memory: 512 << 10, ..config(guest, mmu) };
-            assert_eq!(run(small).course(), run(config(guest, mmu)).course(), "{name}");
+            let small = MachineConfig { table_memory: 512 << 10, ..square.config(guest) };
+            assert_eq!(run(small).course(), run(square.config(guest)).course(), "{name}");
         }
     }
 
-    fn the_tables_stay_sound_all_the_way(mmu) {
+    fn the_tables_stay_sound_all_the_way(square) {
         for name in ["hello", "forkwait", "largepages", "smc"] {
-            let ran = run(MachineConfig { audit_every: Some(101), ..config(guest(name), mmu) });
+            let ran = run(MachineConfig { audit_every: Some(101), ..square.config(guest(name)) });
             assert_eq!(ran.end(), End::DebugExit { code: guests::PASS }, "{name}");
         }
     }
 
-    fn a_guest_does_not_notice_that_it_was_stopped(mmu) {
-        let whole = run(config(guest("demand-touch"), mmu));
-        let mut machine = Machine::new(config(guest("demand-touch"), mmu), Wiring::default()).unwrap();
+    fn a_guest_does_not_notice_that_it_was_stopped(square) {
+        let whole = run(square.config(guest("demand-touch")));
+        let mut machine = Machine::new(square.config(guest("demand-touch")), Wiring::default()).unwrap();
         let mut stops = 0;
         while machine.cpu().retired() < whole.report.counts.instructions * 3 / 4 {
             let next = machine.cpu().retired() + 77_777;
@@ -76,22 +77,22 @@ on_each_backend! {
         assert_eq!(finish(&mut machine).course(), whole.course());
     }
 
-    fn a_guest_does_not_notice_that_its_memory_moves(mmu) {
+    fn a_guest_does_not_notice_that_its_memory_moves(square) {
         for name in ["demand-touch", "forkwait", "smc"] {
-            moves_unnoticed(name, mmu);
+            moves_unnoticed(name, square);
         }
     }
 
-    fn the_dirty_log_knows_every_frame_that_changed(mmu) {
+    fn the_dirty_log_knows_every_frame_that_changed(square) {
         for name in ["demand-touch", "forkwait", "largepages"] {
-            logs_all(name, mmu);
+            logs_all(name, square);
         }
     }
 }
 
 /// Moves frames to other host frames every so many instructions.
-fn moves_unnoticed(name: &str, mmu: MmuKind) {
-    let build = || MachineConfig { policy: Policy::Demand, ..config(guest(name), mmu) };
+fn moves_unnoticed(name: &str, square: Square) {
+    let build = || MachineConfig { policy: Policy::Demand, ..square.config(guest(name)) };
     let whole = run(build());
     let mut machine = Machine::new(build(), Wiring::default()).unwrap();
     let frames = machine.memory().end().0;
@@ -117,9 +118,9 @@ fn moves_unnoticed(name: &str, mmu: MmuKind) {
 }
 
 /// Compares the log with what really changed, several times in a run.
-fn logs_all(name: &str, mmu: MmuKind) {
-    let whole = run(config(guest(name), mmu));
-    let mut machine = Machine::new(config(guest(name), mmu), Wiring::default()).unwrap();
+fn logs_all(name: &str, square: Square) {
+    let whole = run(square.config(guest(name)));
+    let mut machine = Machine::new(square.config(guest(name)), Wiring::default()).unwrap();
     let image = |machine: &Machine| {
         let frames = machine.memory().end().0;
         (0..frames)
@@ -159,6 +160,17 @@ fn crc(bytes: &[u8]) -> u64 {
         let word = u64::from_le_bytes(word.try_into().unwrap());
         (sum.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)
     })
+}
+
+#[test]
+fn both_engines_give_every_guest_the_same_course_and_leave_it_alike() {
+    for guest in guests::list() {
+        for mmu in MmuKind::ALL {
+            let [interpreted, translated] =
+                EngineKind::ALL.map(|engine| run(Square { mmu, engine }.config(guest)).exits());
+            assert_eq!(interpreted, translated, "{} under {}", guest.name, mmu.name());
+        }
+    }
 }
 
 #[test]

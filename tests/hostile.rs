@@ -4,45 +4,46 @@ mod common;
 
 use antumbra::job::ends_as;
 use antumbra::{End, Error, Limits, Machine, MachineConfig, MmuKind, Wiring};
-use common::{config, guest, run};
+use common::{Square, config, guest, run};
 use guests::Ending;
+use softcpu::EngineKind;
 
-on_each_backend! {
-    fn every_hostile_guest_ends_as_it_says(mmu) {
+on_each_square! {
+    fn every_hostile_guest_ends_as_it_says(square) {
         assert!(!guests::hostile().is_empty(), "there are no hostile guests");
         for guest in guests::hostile() {
             let short = matches!(guest.ending, Ending::Endless | Ending::Open);
             let instructions = if short { 3_000_000 } else { 500_000_000 };
             let limits = Limits { instructions: Some(instructions), seconds: None };
-            let ran = run(MachineConfig { limits, ..config(guest, mmu) });
+            let ran = run(MachineConfig { limits, ..square.config(guest) });
             assert!(ends_as(guest.ending, ran.end()), "{}: {}\n{}", guest.name, ran.end(), ran.serial);
             assert!(ran.report.sentence.len() > 20, "{}", ran.report.sentence);
         }
     }
 
-    fn hostile_guests_repeat_too(mmu) {
+    fn hostile_guests_repeat_too(square) {
         for guest in guests::hostile() {
             let build = || MachineConfig {
                 limits: Limits { instructions: Some(1_000_000), seconds: None },
-                ..config(guest, mmu)
+                ..square.config(guest)
             };
             assert_eq!(run(build()).deterministic(), run(build()).deterministic(), "{}", guest.name);
         }
     }
 
-    fn a_hostile_guest_does_not_outgrow_its_table_memory(mmu) {
+    fn a_hostile_guest_does_not_outgrow_its_table_memory(square) {
         for guest in guests::hostile() {
             let ran = run(MachineConfig {
                 table_memory: 1 << 20,
                 limits: Limits { instructions: Some(1_000_000), seconds: None },
-                ..config(guest, mmu)
+                ..square.config(guest)
             });
             ran.end();
             assert!(ran.report.counts.table_bytes_peak <= 1 << 20, "{}", guest.name);
         }
     }
 
-    fn damaged_images_never_panic(mmu) {
+    fn damaged_images_never_panic(square) {
         let image = guest("hello").image;
         let mut seed = 99u64;
         let mut loaded = 0;
@@ -56,7 +57,7 @@ on_each_backend! {
             let config = MachineConfig {
                 memory: 16 << 20,
                 limits: Limits { instructions: Some(300_000), seconds: Some(20) },
-                ..MachineConfig::new("damaged", damaged).with_mmu(mmu)
+                ..MachineConfig::new("damaged", damaged).with_mmu(square.mmu).with_engine(square.engine)
             };
             match Machine::new(config, Wiring::default()) {
                 Ok(mut machine) => {
@@ -70,6 +71,19 @@ on_each_backend! {
             }
         }
         assert!(loaded > 10, "hardly any damaged image was run");
+    }
+}
+
+#[test]
+fn both_engines_give_hostile_guests_the_same_course_and_leave_them_alike() {
+    for guest in guests::hostile() {
+        for mmu in MmuKind::ALL {
+            let [interpreted, translated] = EngineKind::ALL.map(|engine| {
+                let limits = Limits { instructions: Some(1_000_000), seconds: None };
+                run(MachineConfig { limits, ..Square { mmu, engine }.config(guest) }).exits()
+            });
+            assert_eq!(interpreted, translated, "{} under {}", guest.name, mmu.name());
+        }
     }
 }
 

@@ -2,9 +2,11 @@
 
 #![allow(dead_code, reason = "each test program uses its own part of this file")]
 
+use antumbra::measure::{CAUSES, COMPLETIONS, OUTCOMES};
 use antumbra::{End, Error, Limits, Machine, MachineConfig, MmuKind, Report, Wiring};
 use guestmem::Policy;
 use guests::Guest;
+use softcpu::EngineKind;
 
 /// A test whose body runs as `name::shadow` and as `name::ept`.
 #[macro_export]
@@ -21,6 +23,50 @@ macro_rules! on_each_backend {
             #[test]
             fn ept() {
                 body(antumbra::MmuKind::Ept)
+            }
+        })*
+    };
+}
+
+/// A backend and an engine.
+#[derive(Clone, Copy, Debug)]
+pub struct Square {
+    pub mmu: MmuKind,
+    pub engine: EngineKind,
+}
+
+impl Square {
+    /// The machine that the program gives an embedded guest.
+    pub fn config(self, guest: &Guest) -> MachineConfig {
+        config(guest, self.mmu).with_engine(self.engine)
+    }
+}
+
+/// A test whose body runs under each backend with each engine, as `name::shadow_interpret` and so on.
+#[macro_export]
+macro_rules! on_each_square {
+    ($($(#[$meta:meta])* fn $name:ident($square:ident) $body:block)*) => {
+        $($(#[$meta])* mod $name {
+            #[allow(unused_imports, reason = "a body may need nothing of its file")]
+            use super::*;
+            use antumbra::MmuKind::{Ept, Shadow};
+            use softcpu::EngineKind::{Interpret, Translate};
+            fn body($square: $crate::common::Square) $body
+            #[test]
+            fn shadow_interpret() {
+                body($crate::common::Square { mmu: Shadow, engine: Interpret })
+            }
+            #[test]
+            fn shadow_translate() {
+                body($crate::common::Square { mmu: Shadow, engine: Translate })
+            }
+            #[test]
+            fn ept_interpret() {
+                body($crate::common::Square { mmu: Ept, engine: Interpret })
+            }
+            #[test]
+            fn ept_translate() {
+                body($crate::common::Square { mmu: Ept, engine: Translate })
             }
         })*
     };
@@ -56,6 +102,14 @@ impl Ran {
     /// The figures that must repeat, as text.
     pub fn deterministic(&self) -> String {
         serde_json::to_string_pretty(&(&self.report.counts, &self.report.rates, &self.report.end)).unwrap()
+    }
+
+    /// The guest's course, and how often it left for which cause: none of it may depend on the engine.
+    pub fn exits(&self) -> String {
+        let counts = &self.report.counts;
+        let causes = CAUSES.iter().chain(&OUTCOMES).chain(&COMPLETIONS);
+        let exits: Vec<_> = causes.map(|&c| (c.key(), counts.get(c))).collect();
+        format!("{} exits: {exits:?}\n{}", counts.exits, self.course())
     }
 
     /// What the guest itself could have noticed: none of it may depend on the backend or the placement of memory.
