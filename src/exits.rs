@@ -174,7 +174,7 @@ impl Machine {
     /// The backend is told when the instruction is complete, by `Machine::tell_paging_change`.
     fn expect_change(&mut self, old: PagingState, new: PagingState, cr3: Option<bool>) {
         self.loop_state.change =
-            Some(PagingChange { at: self.cpu.retired(), old, new, cr3, took: Duration::ZERO });
+            Some(PagingChange { at: self.cpu.retired(), old, new, cr3, took: 0 });
     }
 
     fn invlpg(&mut self, gva: Gva) -> Result<Answer, Error> {
@@ -303,12 +303,12 @@ impl Machine {
     }
 
     fn nap(&mut self, longest: Duration) {
-        let began = std::time::Instant::now();
+        let began = self.timings.clock().read();
         match &mut self.input {
             Some(input) => input.wait(longest),
             None => std::thread::sleep(longest),
         }
-        self.loop_state.slept += began.elapsed();
+        self.loop_state.slept += self.timings.clock().since(began);
     }
 
     fn triple_fault(&self) -> End {

@@ -65,6 +65,7 @@ mod run_tests;
 mod script_cpu;
 pub mod session;
 pub mod startup;
+pub mod stopwatch;
 pub mod tables;
 
 pub use backend::{MmuKind, MmuOptions};

@@ -82,13 +82,17 @@ impl Machine {
     fn times(&self) -> Times {
         let wall_ns = u64::try_from(self.loop_state.wall.as_nanos()).unwrap_or(u64::MAX);
         let mips = if wall_ns == 0 { 0.0 } else { self.cpu.retired() as f64 * 1e3 / wall_ns as f64 };
+        let rate = self.timings.clock().rate();
         Times {
             wall_ns,
-            handling_ns: self.timings.total(&CAUSES).saturating_add(self.timings.total(&COMPLETIONS)),
+            handling_ns: self
+                .timings
+                .total(&CAUSES, rate)
+                .saturating_add(self.timings.total(&COMPLETIONS, rate)),
             mips,
-            exits: self.timings.summaries(&CAUSES),
-            outcomes: self.timings.summaries(&OUTCOMES),
-            completions: self.timings.summaries(&COMPLETIONS),
+            exits: self.timings.summaries(&CAUSES, rate),
+            outcomes: self.timings.summaries(&OUTCOMES, rate),
+            completions: self.timings.summaries(&COMPLETIONS, rate),
         }
     }
 

@@ -45,8 +45,8 @@ pub(crate) struct LoopState {
     pub(crate) idle: (u64, u64),
     /// What became of the fault being handled.
     pub(crate) outcome: Option<Counter>,
-    /// Host time spent asleep in the exit being handled.
-    pub(crate) slept: Duration,
+    /// Host time spent asleep in the exit being handled, in units of the stopwatch's.
+    pub(crate) slept: u64,
     /// A change of the paging state that is answered but not done yet.
     pub(crate) change: Option<PagingChange>,
     /// What the guest has added to its time-stamp counter.
@@ -70,7 +70,7 @@ impl LoopState {
             streak: (0, 0),
             idle: (0, 0),
             outcome: None,
-            slept: Duration::ZERO,
+            slept: 0,
             change: None,
             tsc_offset: 0,
             entry: Entry::Start,
@@ -99,8 +99,8 @@ pub(crate) struct PagingChange {
     pub(crate) new: PagingState,
     /// For a load of CR3, whether TLB entries of the new PCID are to be kept; `None` for the other registers.
     pub(crate) cr3: Option<bool>,
-    /// How long answering took; telling the backend is added.
-    pub(crate) took: Duration,
+    /// How long answering took, in units of the stopwatch's; telling the backend is added.
+    pub(crate) took: u64,
 }
 
 /// What an exit leads to.
@@ -144,11 +144,11 @@ impl Machine {
             let deadline = self.deadline();
             let entry = std::mem::replace(&mut self.loop_state.entry, Entry::Start);
             let exit = self.cpu.run(entry, deadline)?;
-            let started = Instant::now();
+            let started = self.timings.clock().read();
             let told = self.tell_paging_change(started)?;
             let cause = self.count(&exit, told);
             let step = self.handle(&exit)?;
-            self.record(cause, started.elapsed());
+            self.record(cause, started);
             self.note_exit(&exit, &step);
             self.audit_now_and_then()?;
             match step {
@@ -271,7 +271,7 @@ impl Machine {
     }
 
     /// Tells the backend of a change of the paging state once the instruction that makes it is complete; whether it was.
-    fn tell_paging_change(&mut self, started: Instant) -> Result<bool, Error> {
+    fn tell_paging_change(&mut self, started: u64) -> Result<bool, Error> {
         let Some(change) = self.loop_state.change else { return Ok(false) };
         if self.cpu.retired() == change.at {
             return Ok(false);
@@ -288,7 +288,8 @@ impl Machine {
             self.apply(flush)?;
         }
         let cause = if change.cr3.is_some() { Counter::ExitCr3Load } else { Counter::ExitPagingControl };
-        self.timings.record(cause, change.took + started.elapsed());
+        let span = change.took.saturating_add(self.timings.clock().since(started));
+        self.timings.record(cause, span);
         Ok(true)
     }
 
@@ -296,7 +297,7 @@ impl Machine {
     /// that a fault led to, and the end of an instruction that changed the paging state (`told`).
     fn count(&mut self, exit: &Exit, told: bool) -> Option<Counter> {
         self.loop_state.outcome = None;
-        self.loop_state.slept = Duration::ZERO;
+        self.loop_state.slept = 0;
         self.loop_state.mid_instruction = !matches!(
             exit,
             Exit::TableWritten(_) | Exit::Hlt { .. } | Exit::InterruptWindow | Exit::Deadline
@@ -310,8 +311,10 @@ impl Machine {
         Some(cause)
     }
 
-    fn record(&mut self, cause: Option<Counter>, took: Duration) {
-        let took = took.saturating_sub(self.loop_state.slept);
+    /// Records how long an exit took that began at `started`. Of the second half of a table write nothing is recorded: the
+    /// exit that it belongs to is counted and timed already, with what the backend does there as a part of neither.
+    fn record(&mut self, cause: Option<Counter>, started: u64) {
+        let took = self.timings.clock().since(started).saturating_sub(self.loop_state.slept);
         if let (Some(change), Some(Counter::ExitCr3Load | Counter::ExitPagingControl)) =
             (&mut self.loop_state.change, cause)
         {
