@@ -9,6 +9,7 @@
 //!
 //! Rights travel between formats as one neutral set ([`Rights`]), never as raw bits.
 
+use crate::link::{Link, ept_permits, permits};
 use crate::paging::PagingState;
 use guestmem::PageSize;
 
@@ -68,6 +69,10 @@ pub trait EntryFormat: Copy {
     fn accessed(&self) -> u64;
     /// The dirty flag, or 0 where dirty flags are not kept.
     fn dirty(&self) -> u64;
+    /// How a link to a table is told that needs no decoding and no flag set.
+    fn link(&self) -> Link;
+    /// What several entries permit together: `all` is the conjunction of them, each XORed with [`Link::inverted`].
+    fn permits(&self, all: u64) -> Rights;
 
     /// How far an address is shifted to give the index into a table of `level`.
     #[inline]
@@ -127,15 +132,6 @@ const fn low_mask(width: u32) -> u64 {
     (1 << width) - 1
 }
 
-#[inline]
-fn rights(raw: u64, nx: bool) -> Rights {
-    let mut r = Rights::READ;
-    r.set(Rights::WRITE, raw & W != 0);
-    r.set(Rights::USER, raw & U != 0);
-    r.set(Rights::EXEC, !nx);
-    r
-}
-
 /// 32-bit paging.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Legacy32 {
@@ -152,6 +148,14 @@ impl EntryFormat for Legacy32 {
     fn entry_bytes(&self) -> u64 {
         4
     }
+    #[inline]
+    fn link(&self) -> Link {
+        Link::new(if self.pse { PS } else { 0 }, 0xffff_f000)
+    }
+    #[inline]
+    fn permits(&self, all: u64) -> Rights {
+        permits(all)
+    }
     fn accessed(&self) -> u64 {
         A
     }
@@ -162,7 +166,7 @@ impl EntryFormat for Legacy32 {
         if raw & P == 0 {
             return Entry::NotPresent;
         }
-        let rights = rights(raw, false);
+        let rights = permits(raw ^ NX);
         let global = raw & G != 0;
         if level == 1 {
             return Entry::Leaf { base: raw & 0xffff_f000, size: PageSize::Size4K, rights, global, pkey: 0 };
@@ -196,12 +200,28 @@ pub struct Pae {
     pub phys_bits: u8,
 }
 
+impl Pae {
+    /// Tables 4-9 to 4-11: bits 62 down to MAXPHYADDR are reserved, all of them.
+    #[inline]
+    fn reserved(&self) -> u64 {
+        (low_mask(63) & !low_mask(u32::from(self.phys_bits))) | if self.nxe { 0 } else { NX }
+    }
+}
+
 impl EntryFormat for Pae {
     fn levels(&self) -> u8 {
         2
     }
     fn entry_bytes(&self) -> u64 {
         8
+    }
+    #[inline]
+    fn link(&self) -> Link {
+        Link::new(PS | self.reserved(), address_mask(self.phys_bits))
+    }
+    #[inline]
+    fn permits(&self, all: u64) -> Rights {
+        permits(all)
     }
     fn accessed(&self) -> u64 {
         A
@@ -210,10 +230,8 @@ impl EntryFormat for Pae {
         D
     }
     fn decode(&self, raw: u64, level: u8) -> Entry {
-        // Tables 4-9 to 4-11: bits 62 down to MAXPHYADDR are reserved, all of them.
-        let reserved = (low_mask(63) & !low_mask(u32::from(self.phys_bits))) | if self.nxe { 0 } else { NX };
         let nx = self.nxe && raw & NX != 0;
-        decode_8(raw, level, reserved, address_mask(self.phys_bits), nx, 0, false)
+        decode_8(raw, level, self.reserved(), address_mask(self.phys_bits), nx, 0, false)
     }
 }
 
@@ -230,6 +248,14 @@ pub struct Long {
     pub gib_pages: bool,
 }
 
+impl Long {
+    /// Tables 4-14 to 4-20: bits 51 down to MAXPHYADDR are reserved; 62:52 are not.
+    #[inline]
+    fn reserved(&self) -> u64 {
+        (low_mask(52) & !low_mask(u32::from(self.phys_bits))) | if self.nxe { 0 } else { NX }
+    }
+}
+
 impl EntryFormat for Long {
     #[inline]
     fn levels(&self) -> u8 {
@@ -238,6 +264,14 @@ impl EntryFormat for Long {
     #[inline]
     fn entry_bytes(&self) -> u64 {
         8
+    }
+    #[inline]
+    fn link(&self) -> Link {
+        Link::new(PS | self.reserved(), address_mask(self.phys_bits))
+    }
+    #[inline]
+    fn permits(&self, all: u64) -> Rights {
+        permits(all)
     }
     #[inline]
     fn accessed(&self) -> u64 {
@@ -249,11 +283,9 @@ impl EntryFormat for Long {
     }
     #[inline]
     fn decode(&self, raw: u64, level: u8) -> Entry {
-        // Tables 4-14 to 4-20: bits 51 down to MAXPHYADDR are reserved; 62:52 are not.
-        let reserved = (low_mask(52) & !low_mask(u32::from(self.phys_bits))) | if self.nxe { 0 } else { NX };
         let nx = self.nxe && raw & NX != 0;
         let pkey = (raw >> PKEY_SHIFT & 0xf) as u8;
-        decode_8(raw, level, reserved, address_mask(self.phys_bits), nx, pkey, self.gib_pages)
+        decode_8(raw, level, self.reserved(), address_mask(self.phys_bits), nx, pkey, self.gib_pages)
     }
 }
 
@@ -265,7 +297,7 @@ fn decode_8(raw: u64, level: u8, reserved: u64, address: u64, nx: bool, pkey: u8
     if raw & reserved != 0 {
         return Entry::Malformed;
     }
-    let rights = rights(raw, nx);
+    let rights = permits(if nx { raw & !NX } else { raw | NX });
     let global = raw & G != 0;
     let size = match level {
         1 => PageSize::Size4K,
@@ -290,6 +322,13 @@ pub struct Ept {
     pub accessed_dirty: bool,
 }
 
+impl Ept {
+    #[inline]
+    fn reserved(&self) -> u64 {
+        low_mask(52) & !low_mask(u32::from(self.phys_bits))
+    }
+}
+
 impl EntryFormat for Ept {
     #[inline]
     fn levels(&self) -> u8 {
@@ -298,6 +337,14 @@ impl EntryFormat for Ept {
     #[inline]
     fn entry_bytes(&self) -> u64 {
         8
+    }
+    #[inline]
+    fn link(&self) -> Link {
+        Link::ept(self.reserved(), self.accessed(), address_mask(self.phys_bits))
+    }
+    #[inline]
+    fn permits(&self, all: u64) -> Rights {
+        ept_permits(all)
     }
     #[inline]
     fn accessed(&self) -> u64 {
@@ -314,13 +361,10 @@ impl EntryFormat for Ept {
         if raw & 7 == 0 {
             return Entry::NotPresent;
         }
-        if raw & (EPT_R | EPT_W) == EPT_W || raw & low_mask(52) & !low_mask(u32::from(self.phys_bits)) != 0 {
+        if raw & (EPT_R | EPT_W) == EPT_W || raw & self.reserved() != 0 {
             return Entry::Malformed;
         }
-        let mut rights = Rights::USER;
-        rights.set(Rights::READ, raw & EPT_R != 0);
-        rights.set(Rights::WRITE, raw & EPT_W != 0);
-        rights.set(Rights::EXEC, raw & EPT_X != 0);
+        let rights = ept_permits(raw);
         let address = address_mask(self.phys_bits);
         let size = match level {
             1 => PageSize::Size4K,

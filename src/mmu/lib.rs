@@ -7,8 +7,8 @@
 //! The hardware walk belongs to the CPU, because hardware does it; a backend only builds tables and answers exits.
 //!
 //! Read in this order: [`paging`] (the control state), [`access`] (what is being done, and the page-fault code),
-//! [`entry`] (what one table entry means in each format), [`walk`] (the walker), [`nested`] (a walk whose table reads
-//! are themselves translated), [`backend`] (the trait that shadow and ept implement), [`flush`], [`counters`];
+//! [`entry`] (what one table entry means in each format), [`link`] (links told without decoding), [`walk`] (the walker),
+//! [`tables`] (where it reads), [`nested`] (a walk whose table reads are themselves translated), [`backend`] (the trait that shadow and ept implement), [`flush`], [`counters`];
 //! [`seeded_faults`] lists what test builds can break.
 
 pub mod access;
@@ -16,9 +16,11 @@ pub mod backend;
 pub mod counters;
 pub mod entry;
 pub mod flush;
+pub mod link;
 pub mod nested;
 pub mod paging;
 mod seeded;
+pub mod tables;
 pub mod walk;
 
 pub use access::{Access, AccessKind, PageFault, PfCode, Privilege};

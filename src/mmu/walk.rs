@@ -11,8 +11,8 @@
 use crate::access::{Access, PageFault, PfCode, Privilege};
 use crate::entry::{Entry, EntryFormat, Rights};
 use crate::paging::{Controls, PagingMode, PagingState};
-use guestmem::{Backing, Gpa};
-use guestmem::{GuestMemory, Gva, HostMemory, Hpa, MemoryError, PageSize};
+pub use crate::tables::{GuestTables, HostTables};
+use guestmem::{Gva, PageSize};
 
 /// Where a walker reads its entries.
 pub trait TableMemory {
@@ -125,6 +125,45 @@ pub enum Verdict {
     },
 }
 
+/// What a walk leaves behind of the entries that it reads.
+pub(crate) trait Trail {
+    /// The walk begins, perhaps anew.
+    fn clear(&mut self);
+    /// An entry was read; `above` is what the entries before it permit, as [`EntryFormat::permits`] takes it.
+    fn step(&mut self, level: u8, address: u64, raw: u64, above: u64);
+}
+
+/// Nothing: the answer alone is wanted.
+impl Trail for () {
+    #[inline]
+    fn clear(&mut self) {}
+    #[inline]
+    fn step(&mut self, _level: u8, _address: u64, _raw: u64, _above: u64) {}
+}
+
+impl Trail for Walk {
+    #[inline]
+    fn clear(&mut self) {
+        self.count = 0;
+    }
+    #[inline]
+    fn step(&mut self, level: u8, address: u64, raw: u64, _above: u64) {
+        self.steps[usize::from(self.count)] = Step { level, address, raw };
+        self.count += 1;
+    }
+}
+
+/// Where a walk begins: at the root, or below it where the entries above are known.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Start {
+    /// Physical address of the table.
+    pub table: u64,
+    /// Its level.
+    pub level: u8,
+    /// What the entries above permit.
+    pub above: u64,
+}
+
 /// Walks `format` from the table at `root` for `address`.
 ///
 /// `mark` says whether accessed and dirty flags are set (a CPU's walk) or nothing is changed (a look). `permit` is asked
@@ -138,52 +177,78 @@ pub fn walk<F: EntryFormat, M: TableMemory>(
     mark: bool,
     permit: impl Fn(&Translation) -> Verdict,
 ) -> Result<Walk, M::Error> {
+    let mut walk = Walk::none(WalkEnd::NotPresent);
+    walk.end = descend(format, Start::root(format, root), address, memory, mark, permit, &mut walk)?;
+    Ok(walk)
+}
+
+impl Start {
+    /// The root table.
+    #[inline]
+    pub fn root<F: EntryFormat>(format: F, table: u64) -> Self {
+        Self { table, level: format.levels(), above: u64::MAX }
+    }
+}
+
+/// The walk itself.
+///
+/// Nearly every entry above level 1 is a plain link: present, well formed, its accessed flag set. Such a one is told by one
+/// comparison ([`EntryFormat::link`]) and followed at once; all others are decoded.
+#[inline]
+pub(crate) fn descend<F: EntryFormat, M: TableMemory, T: Trail>(
+    format: F,
+    start: Start,
+    address: u64,
+    memory: &mut M,
+    mark: bool,
+    permit: impl Fn(&Translation) -> Verdict,
+    trail: &mut T,
+) -> Result<WalkEnd, M::Error> {
+    let link = format.link();
+    let bytes = format.entry_bytes();
     'restart: loop {
-        let mut walk = Walk::none(WalkEnd::NotPresent);
-        let mut table = root;
-        let mut rights = Rights::all();
-        let mut level = format.levels();
+        trail.clear();
+        let Start { mut table, mut level, mut above } = start;
         loop {
-            let bytes = format.entry_bytes();
             let at = table + format.index(address, level) * bytes;
             let raw = memory.load(at, bytes)?;
-            walk.steps[usize::from(walk.count)] = Step { level, address: at, raw };
-            walk.count += 1;
-            let (wanted, next) = match format.decode(raw, level) {
-                Entry::NotPresent => return Ok(walk),
-                Entry::Malformed => {
-                    walk.end = WalkEnd::Malformed;
-                    return Ok(walk);
+            trail.step(level, at, raw, above);
+            if level > 1 && raw & link.mask == link.plain {
+                above &= raw ^ link.inverted;
+                table = raw & link.base;
+                level -= 1;
+                continue;
+            }
+            let (wanted, end) = match format.decode(raw, level) {
+                Entry::NotPresent => return Ok(WalkEnd::NotPresent),
+                Entry::Malformed => return Ok(WalkEnd::Malformed),
+                Entry::Table { base, .. } => {
+                    table = base;
+                    (format.accessed(), None)
                 }
-                Entry::Table { base, rights: r } => {
-                    rights &= r;
-                    (format.accessed(), Some(base))
-                }
-                Entry::Leaf { base, size, rights: r, global, pkey } => {
+                Entry::Leaf { base, size, rights, global, pkey } => {
                     let mut leaf = Translation {
                         base,
                         size,
-                        rights: rights & r,
+                        rights: format.permits(above) & rights,
                         global,
                         pkey,
                         dirty: format.dirty() == 0 || raw & format.dirty() != 0,
                     };
                     let Verdict::Permit { dirty } = permit(&leaf) else {
-                        walk.end = WalkEnd::Denied(leaf);
-                        return Ok(walk);
+                        return Ok(WalkEnd::Denied(leaf));
                     };
                     leaf.dirty |= dirty && mark;
-                    walk.end = WalkEnd::Mapped(leaf);
-                    (format.accessed() | if dirty { format.dirty() } else { 0 }, None)
+                    (format.accessed() | if dirty { format.dirty() } else { 0 }, Some(WalkEnd::Mapped(leaf)))
                 }
             };
             if mark && raw & wanted != wanted && !memory.compare_exchange(at, bytes, raw, raw | wanted)? {
                 continue 'restart;
             }
-            match next {
-                Some(base) => table = base,
-                None => return Ok(walk),
+            if let Some(end) = end {
+                return Ok(end);
             }
+            above &= raw ^ link.inverted;
             level -= 1;
         }
     }
@@ -239,10 +304,15 @@ pub struct AccessWalk {
     pub result: Result<Translation, PageFault>,
 }
 
-/// Judges a finished walk of a guest-format table.
+/// Judges the end of a walk of a guest-format table.
 #[inline]
-pub fn judge(walk: &Walk, gva: Gva, access: &Access, controls: &Controls) -> Result<Translation, PageFault> {
-    let reason = match walk.end {
+pub fn judge(
+    end: &WalkEnd,
+    gva: Gva,
+    access: &Access,
+    controls: &Controls,
+) -> Result<Translation, PageFault> {
+    let reason = match *end {
         WalkEnd::Mapped(t) => return Ok(t),
         WalkEnd::Denied(t) => denial(t.rights, t.pkey, access, controls).unwrap_or(PfCode::PRESENT),
         WalkEnd::NotPresent => PfCode::empty(),
@@ -262,13 +332,34 @@ pub fn walk_access<F: EntryFormat, M: TableMemory>(
     memory: &mut M,
     mark: bool,
 ) -> Result<AccessWalk, M::Error> {
-    let walk = walk(format, root, gva.0, memory, mark, |leaf| {
-        match denial(leaf.rights, leaf.pkey, access, controls) {
-            Some(_) => Verdict::Deny,
-            None => Verdict::Permit { dirty: access.is_write() },
-        }
-    })?;
-    Ok(AccessWalk { result: judge(&walk, gva, access, controls), walk })
+    let mut walk = Walk::none(WalkEnd::NotPresent);
+    let start = Start::root(format, root);
+    walk.end =
+        descend(format, start, gva.0, memory, mark, |leaf| verdict(leaf, access, controls), &mut walk)?;
+    Ok(AccessWalk { result: judge(&walk.end, gva, access, controls), walk })
+}
+
+/// As [`walk_access`], for a CPU that wants the answer alone and not the way to it.
+#[inline]
+pub fn translate_access<F: EntryFormat, M: TableMemory>(
+    format: F,
+    root: u64,
+    gva: Gva,
+    access: &Access,
+    controls: &Controls,
+    memory: &mut M,
+) -> Result<Result<Translation, PageFault>, M::Error> {
+    let start = Start::root(format, root);
+    let end = descend(format, start, gva.0, memory, true, |leaf| verdict(leaf, access, controls), &mut ())?;
+    Ok(judge(&end, gva, access, controls))
+}
+
+#[inline]
+fn verdict(leaf: &Translation, access: &Access, controls: &Controls) -> Verdict {
+    match denial(leaf.rights, leaf.pkey, access, controls) {
+        Some(_) => Verdict::Deny,
+        None => Verdict::Permit { dirty: access.is_write() },
+    }
 }
 
 /// Walks the guest's own tables, whatever its paging mode, for one access. `mark` as in [`walk`].
@@ -282,117 +373,56 @@ pub fn walk_guest<M: TableMemory>(
     memory: &mut M,
     mark: bool,
 ) -> Result<AccessWalk, M::Error> {
+    let mut walk = Walk::none(WalkEnd::NotPresent);
     let controls = state.controls();
+    walk.end = guest_walk(state, gva, access, &controls, memory, mark, &mut walk)?;
+    Ok(AccessWalk { result: judge(&walk.end, gva, access, &controls), walk })
+}
+
+/// As [`walk_guest`], for a CPU that wants the answer alone and not the way to it.
+#[inline]
+pub fn translate_guest<M: TableMemory>(
+    state: &PagingState,
+    gva: Gva,
+    access: &Access,
+    memory: &mut M,
+) -> Result<Result<Translation, PageFault>, M::Error> {
+    let controls = state.controls();
+    let end = guest_walk(state, gva, access, &controls, memory, true, &mut ())?;
+    Ok(judge(&end, gva, access, &controls))
+}
+
+#[inline]
+fn guest_walk<M: TableMemory, T: Trail>(
+    state: &PagingState,
+    gva: Gva,
+    access: &Access,
+    controls: &Controls,
+    memory: &mut M,
+    mark: bool,
+    trail: &mut T,
+) -> Result<WalkEnd, M::Error> {
     let root = state.root_gpa().0;
+    let permit = |leaf: &Translation| verdict(leaf, access, controls);
     match state.mode() {
-        PagingMode::Off => {
-            let t = Translation::identity(gva.0);
-            Ok(AccessWalk { walk: Walk::none(WalkEnd::Mapped(t)), result: Ok(t) })
+        PagingMode::Off => Ok(WalkEnd::Mapped(Translation::identity(gva.0))),
+        PagingMode::Bits32 => {
+            let format = state.legacy_format();
+            descend(format, Start::root(format, root), gva.0, memory, mark, permit, trail)
         }
-        PagingMode::Bits32 => walk_access(state.legacy_format(), root, gva, access, &controls, memory, mark),
         PagingMode::Pae => {
             let pdpte = state.pdptes[(gva.0 >> 30 & 3) as usize];
             if pdpte & 1 == 0 {
-                let walk = Walk::none(WalkEnd::NotPresent);
-                return Ok(AccessWalk { result: judge(&walk, gva, access, &controls), walk });
+                return Ok(WalkEnd::NotPresent);
             }
+            let format = state.pae_format();
             let table = pdpte & state.phys_mask() & !0xfff;
-            walk_access(state.pae_format(), table, gva, access, &controls, memory, mark)
+            descend(format, Start::root(format, table), gva.0, memory, mark, permit, trail)
         }
         PagingMode::Level4 | PagingMode::Level5 => {
-            walk_access(state.long_format(), root, gva, access, &controls, memory, mark)
+            let format = state.long_format();
+            descend(format, Start::root(format, root), gva.0, memory, mark, permit, trail)
         }
-    }
-}
-
-/// Tables in the engine's own frames; addresses are HPAs. What lies outside reads as all ones.
-#[derive(Debug)]
-pub struct HostTables<'a> {
-    host: &'a HostMemory,
-    /// How many entries were read.
-    pub references: u64,
-}
-
-impl<'a> HostTables<'a> {
-    /// Tables in `host`.
-    #[inline]
-    pub fn new(host: &'a HostMemory) -> Self {
-        Self { host, references: 0 }
-    }
-}
-
-impl TableMemory for HostTables<'_> {
-    type Error = std::convert::Infallible;
-
-    #[inline]
-    fn load(&mut self, address: u64, _bytes: u64) -> Result<u64, Self::Error> {
-        self.references += 1;
-        Ok(self.host.read_u64(Hpa(address)).unwrap_or(u64::MAX))
-    }
-
-    #[inline]
-    fn compare_exchange(
-        &mut self,
-        address: u64,
-        _bytes: u64,
-        old: u64,
-        new: u64,
-    ) -> Result<bool, Self::Error> {
-        Ok(self.host.compare_exchange_u64(Hpa(address), old, new).unwrap_or(true))
-    }
-}
-
-/// The guest's tables, read by the engine; addresses are GPAs. Tables outside memory read as all ones, as an empty bus
-/// does, and flags set there or in ROM are lost.
-#[derive(Debug)]
-pub struct GuestTables<'a> {
-    memory: &'a GuestMemory,
-    /// How many entries were read.
-    pub references: u64,
-}
-
-impl<'a> GuestTables<'a> {
-    /// The tables of the guest whose memory this is.
-    pub fn new(memory: &'a GuestMemory) -> Self {
-        Self { memory, references: 0 }
-    }
-}
-
-impl TableMemory for GuestTables<'_> {
-    type Error = MemoryError;
-
-    fn load(&mut self, address: u64, bytes: u64) -> Result<u64, MemoryError> {
-        self.references += 1;
-        let gpa = Gpa(address);
-        let Backing::Memory { frame, .. } = self.memory.backing(gpa.frame())? else {
-            return Ok(all_ones(bytes));
-        };
-        let hpa = frame.base().wrapping_add(gpa.page_offset());
-        let host = self.memory.host();
-        let raw = if bytes == 4 { host.read_u32(hpa).map(u64::from) } else { host.read_u64(hpa) };
-        Ok(raw.unwrap_or(all_ones(bytes)))
-    }
-
-    fn compare_exchange(
-        &mut self,
-        address: u64,
-        bytes: u64,
-        old: u64,
-        new: u64,
-    ) -> Result<bool, MemoryError> {
-        let gpa = Gpa(address);
-        let Backing::Memory { frame, writable: true } = self.memory.backing(gpa.frame())? else {
-            return Ok(true);
-        };
-        let hpa = frame.base().wrapping_add(gpa.page_offset());
-        let host = self.memory.host();
-        let done = if bytes == 4 {
-            host.compare_exchange_u32(hpa, old as u32, new as u32)
-        } else {
-            host.compare_exchange_u64(hpa, old, new)
-        };
-        self.memory.dirty().mark(gpa.frame());
-        Ok(done.unwrap_or(true))
     }
 }
 
