@@ -6,7 +6,7 @@
 use crate::error::Error;
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, BufWriter, IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
@@ -47,7 +47,7 @@ impl Sink {
             Sink::File(path) => {
                 let made =
                     File::create(path).map_err(|source| Error::Write { path: path.clone(), source })?;
-                Box::new(made)
+                Box::new(BufWriter::new(made))
             }
         })
     }

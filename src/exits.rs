@@ -173,8 +173,7 @@ impl Machine {
 
     /// The backend is told when the instruction is complete, by `Machine::tell_paging_change`.
     fn expect_change(&mut self, old: PagingState, new: PagingState, cr3: Option<bool>) {
-        self.loop_state.change =
-            Some(PagingChange { at: self.cpu.retired(), old, new, cr3, took: 0 });
+        self.loop_state.change = Some(PagingChange { at: self.cpu.retired(), old, new, cr3, took: 0 });
     }
 
     fn invlpg(&mut self, gva: Gva) -> Result<Answer, Error> {

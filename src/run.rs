@@ -125,6 +125,7 @@ impl Machine {
         self.loop_state.started = Some(started);
         let ended = self.run_loop();
         self.loop_state.wall += started.elapsed();
+        self.chipset.flush_output();
         self.flush_trace();
         // The fault that an error comes from has no outcome.
         debug_assert!(self.faults_taken() - self.fault_outcomes() <= u64::from(ended.is_err()));
@@ -247,6 +248,7 @@ impl Machine {
 
     /// Looks at the world outside: signals, the limit of time, what is typed, who watches.
     pub(crate) fn poll(&mut self) -> Option<End> {
+        self.chipset.flush_output();
         if self.stop.load(Ordering::Relaxed) {
             return Some(End::Interrupted);
         }

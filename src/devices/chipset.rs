@@ -40,7 +40,7 @@ pub enum Shutdown {
 pub struct ChipsetConfig {
     /// What the real-time clock shows at virtual time 0, in seconds after 1970.
     pub rtc_epoch_seconds: i64,
-    /// Where the guest's console output goes. It is flushed after every byte, so that a prompt appears.
+    /// Where the guest's console output goes. It is flushed where a line ends and by [`Chipset::flush_output`].
     pub serial_out: Box<dyn Write + Send>,
     /// Where bytes written to port 0xe9 go.
     pub debug_out: Box<dyn Write + Send>,
@@ -109,6 +109,9 @@ pub struct Chipset {
     pub(crate) serial_out: Box<dyn Write + Send>,
     pub(crate) debug_out: Box<dyn Write + Send>,
     pub(crate) lost_output: u64,
+    /// Bytes given to the two writers since they were last flushed.
+    pub(crate) serial_held: u64,
+    pub(crate) debug_held: u64,
     apic_id: u32,
     physical_address_bits: u8,
 }
@@ -140,6 +143,8 @@ impl Chipset {
             serial_out: config.serial_out,
             debug_out: config.debug_out,
             lost_output: 0,
+            serial_held: 0,
+            debug_held: 0,
             apic_id: config.apic_id,
             physical_address_bits: config.physical_address_bits,
         }

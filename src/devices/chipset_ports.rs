@@ -4,6 +4,8 @@
 //! Most devices sit on an eight-bit bus: a wider access is a row of byte accesses at successive ports, as on the ISA
 //! bus. PCI configuration and the debug exit see the access whole. Where nobody answers, all bits read as ones.
 
+use std::io::Write;
+
 use crate::acpi_pm::PM1A_EVENT_PORT;
 use crate::chipset::{Chipset, Shutdown};
 use crate::counts::Device;
@@ -205,17 +207,40 @@ impl Chipset {
         }
     }
 
-    /// A byte that the host does not take is lost, as on a cable that nobody reads; the guest must not stop for it.
+    /// A byte that the host does not take is lost, as on a cable that nobody reads; the guest must not stop for it. The
+    /// writer is told to pass on what it holds where a line ends; the rest of an unfinished one goes with
+    /// [`Chipset::flush_output`].
     fn send_serial(&mut self, byte: u8) {
-        if self.serial_out.write_all(&[byte]).and_then(|()| self.serial_out.flush()).is_err() {
-            self.lost_output += 1;
-        }
+        send(&mut *self.serial_out, &mut self.serial_held, byte, &mut self.lost_output);
     }
 
     fn send_debug(&mut self, byte: u8) {
-        if self.debug_out.write_all(&[byte]).and_then(|()| self.debug_out.flush()).is_err() {
-            self.lost_output += 1;
-        }
+        send(&mut *self.debug_out, &mut self.debug_held, byte, &mut self.lost_output);
+    }
+
+    /// Passes on what was sent of lines that are not ended yet, so that a prompt appears: call it now and then, and
+    /// before the guest is left alone.
+    pub fn flush_output(&mut self) {
+        flush(&mut *self.serial_out, &mut self.serial_held, &mut self.lost_output);
+        flush(&mut *self.debug_out, &mut self.debug_held, &mut self.lost_output);
+    }
+}
+
+/// Gives a byte to a writer; `held` counts those that it may still hold.
+fn send(out: &mut dyn Write, held: &mut u64, byte: u8, lost: &mut u64) {
+    match out.write_all(&[byte]) {
+        Ok(()) => *held += 1,
+        Err(_) => *lost += 1,
+    }
+    if byte == b'\n' {
+        flush(out, held, lost);
+    }
+}
+
+fn flush(out: &mut dyn Write, held: &mut u64, lost: &mut u64) {
+    let held = std::mem::take(held);
+    if held > 0 && out.flush().is_err() {
+        *lost += held;
     }
 }
 

@@ -12,6 +12,7 @@ use crate::host::{FrameMark, HostMemory, HostMemoryError};
 use crate::layout::{LinearPlacement, checked_regions, linear_frames};
 use crate::map::{PhysMap, Policy, Slot, shuffled};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub(crate) const GIB_FRAMES: u64 = 1 << 18;
 
@@ -111,6 +112,8 @@ pub struct GuestMemory {
     regions: Vec<RegionConfig>,
     tables: Mutex<FrameAllocator>,
     frames: Mutex<FrameAllocator>,
+    /// Whether `table_writes` may hold anything: asked before every entry into the guest.
+    table_written: AtomicBool,
     table_writes: Mutex<Vec<(Gpa, u64)>>,
 }
 
@@ -141,6 +144,7 @@ impl GuestMemory {
             regions,
             tables: Mutex::new(FrameAllocator::new(Hfn(0), config.table_frames as usize)?),
             frames: Mutex::new(FrameAllocator::new(Hfn(guest_first), frames as usize)?),
+            table_written: AtomicBool::new(false),
             table_writes: Mutex::new(Vec::new()),
         };
         memory.place(guest_first);
@@ -221,6 +225,7 @@ impl GuestMemory {
     }
 
     /// What a guest frame is backed by, giving it a host frame if it has none yet.
+    #[inline]
     pub fn backing(&self, gfn: Gfn) -> Result<Backing, MemoryError> {
         Ok(match self.map.get(gfn) {
             Slot::Mmio => Backing::Mmio,
@@ -345,12 +350,18 @@ impl GuestMemory {
         self.dirty.mark(gpa.frame());
         if self.host.marks(frame).contains(FrameMark::TABLE) {
             lock(&self.table_writes).push((gpa, len));
+            self.table_written.store(true, Ordering::Release);
         }
     }
 
     /// Writes of the host's (loader, device, DMA) to frames marked [`FrameMark::TABLE`] since the last call, oldest
     /// first. Each must be told to the backend before the guest runs on.
+    #[inline]
     pub fn take_table_writes(&self) -> Vec<(Gpa, u64)> {
+        if !self.table_written.load(Ordering::Acquire) {
+            return Vec::new();
+        }
+        self.table_written.store(false, Ordering::Release);
         std::mem::take(&mut *lock(&self.table_writes))
     }
 

@@ -3,6 +3,7 @@
 mod bench;
 
 use std::io::Write;
+use std::sync::{Arc, Mutex};
 
 use bench::*;
 use devices::acpi_pm::{PM_TIMER_PORT, PM1A_CONTROL_PORT, RESET_PORT, RESET_VALUE, S5_SLEEP_TYPE};
@@ -123,6 +124,49 @@ fn output_that_nobody_takes_is_counted_and_lost() {
     out(&mut board, 0x3f8, b'a', 0);
     out(&mut board, 0xe9, b'a', 0);
     assert_eq!(board.lost_output(), 2);
+}
+
+#[test]
+fn output_is_passed_on_by_the_line_and_when_asked_for() {
+    /// What was written, and how much of it was flushed.
+    #[derive(Clone, Default)]
+    struct Held(Arc<Mutex<(Vec<u8>, usize, bool)>>);
+    impl Write for Held {
+        fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().0.extend(data);
+            Ok(data.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            let mut held = self.0.lock().unwrap();
+            if held.2 {
+                return Err(std::io::ErrorKind::BrokenPipe.into());
+            }
+            held.1 = held.0.len();
+            Ok(())
+        }
+    }
+    for port in [0x3f8, 0xe9] {
+        let held = Held::default();
+        let mut board = Chipset::new(ChipsetConfig {
+            serial_out: Box::new(held.clone()),
+            debug_out: Box::new(held.clone()),
+            ..ChipsetConfig::default()
+        });
+        let flushed = || held.0.lock().unwrap().1;
+        for byte in *b"one\nlogin: " {
+            out(&mut board, port, byte, 0);
+        }
+        assert_eq!(flushed(), 4);
+        board.flush_output();
+        assert_eq!(flushed(), 11);
+        assert_eq!(board.lost_output(), 0);
+        held.0.lock().unwrap().2 = true;
+        for byte in *b"gone\n" {
+            out(&mut board, port, byte, 0);
+        }
+        board.flush_output();
+        assert_eq!(board.lost_output(), 5, "what a failed flush held is lost, and counted once");
+    }
 }
 
 #[test]
