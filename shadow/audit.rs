@@ -12,7 +12,7 @@
 //! Its price is a walk of every shadow page; it is for tests and for `Options::audit_every_event`.
 
 use crate::ShadowMmu;
-use crate::pages::{EntryRef, Page, PageId, Pages, frame_of, page_in};
+use crate::pages::{EntryRef, Page, PageId, Pages, entry_of_key, frame_of, page_in};
 use crate::rights::turned_over;
 use crate::role::{Kind as PageKind, Leaf, Target};
 use crate::spte::{self, Kind};
@@ -150,6 +150,12 @@ impl Audit<'_> {
         let to = &self.mmu.pages[child];
         check(to.gfn == gfn && to.role == role, "a link leads to the frame and role wanted", || {
             format!("{}: leads to {:#x} {:?}, wanted {gfn:#x} {role:?}", self.place(at), to.gfn, to.role)
+        })?;
+        let key = self.mmu.pages.slot(at).key();
+        let told = page.role.kind == PageKind::Guest && role.kind == PageKind::Guest;
+        let same = || page.role.guest_target(at.index(), entry_of_key(key)) == *target;
+        check(if told { same() } else { key == 0 }, "a link knows what it was made from", || {
+            format!("{}: key {key:#x}", self.place(at))
         })?;
         // A guest's leaf may have become dirty since: rights may be missing, never too many.
         let given = spte::rights(raw);
@@ -303,6 +309,7 @@ impl Audit<'_> {
                 Slot::Mmio | Slot::Unbacked => None,
             };
             check(frame == tracked.frame, "a tracked frame knows its host frame", what)?;
+            check(mmu.tracker.is_tracked(gfn), "a tracked frame is known to be one", what)?;
             let marked = frame.is_none_or(|f| mmu.memory.host().marks(f).contains(FrameMark::TABLE));
             check(marked, "the host frame of a table is marked", what)?;
             if gfn.0 < mmu.rmap.end() {
@@ -310,6 +317,8 @@ impl Audit<'_> {
                 want_1g[(gfn.0 >> 18) as usize] += 1;
             }
         }
+        let (noted, all) = (mmu.tracker.noted(), mmu.tracker.all().filter(|(gfn, _)| gfn.0 < mmu.rmap.end()));
+        check(noted == all.count(), "no frame counts as tracked that is not", || format!("{noted}"))?;
         check(shadowed.is_empty(), "a frame with shadow pages is tracked", || format!("{shadowed:x?}"))?;
         check(in_2m == want_2m && in_1g == want_1g, "tracked frames are counted by block", String::new)
     }
@@ -320,6 +329,8 @@ impl Audit<'_> {
             check(self.mmu.pages.is_live(cpu.root), "a CPU's root is in use", || format!("{cpu:?}"))?;
             let right = self.mmu.is_root_for(cpu.root, &cpu.state);
             check(right, "a CPU's root is that of its state", || format!("{cpu:?}"))?;
+            let told = self.mmu.table_root(&cpu.state, cpu.root) == cpu.table;
+            check(told, "the hardware is told of a CPU's root and state", || format!("{cpu:?}"))?;
             *pins.entry(cpu.root).or_default() += 1;
         }
         for (id, page) in self.mmu.pages.iter() {

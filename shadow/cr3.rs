@@ -14,7 +14,7 @@ use crate::role::Role;
 use crate::splinter::same_translation_rules;
 use guestmem::Gfn;
 use mmu::paging::bits::CR4_PCIDE;
-use mmu::{Counter, CpuId, MmuError, PagingMode, PagingState, TlbFlush};
+use mmu::{Counter, CpuId, MmuError, PagingMode, PagingState, TableRoot, TlbFlush};
 
 /// What belongs to one CPU.
 #[derive(Clone, Copy, Debug)]
@@ -22,6 +22,8 @@ pub(crate) struct Cpu {
     /// The paging state that `root` was taken for.
     pub state: PagingState,
     pub root: PageId,
+    /// What the hardware is told of both: the run loop asks at every exit.
+    pub table: TableRoot,
 }
 
 /// The sets of PDPTE registers that have shadow pages, numbered.
@@ -123,17 +125,23 @@ impl ShadowMmu {
     /// Gives a CPU the root for its new state.
     fn switch(&mut self, cpu: CpuId, state: &PagingState) -> Result<(), MmuError> {
         if self.keeps_root(cpu, state) {
-            self.cpus[usize::from(cpu.0)].state = *state;
+            self.follow(cpu, state);
             return Ok(());
         }
         let new = self.take_root(state)?;
-        let cpu = &mut self.cpus[usize::from(cpu.0)];
-        let old = std::mem::replace(&mut cpu.root, new);
-        cpu.state = *state;
+        let old = std::mem::replace(&mut self.cpus[usize::from(cpu.0)].root, new);
+        self.follow(cpu, state);
         if !self.is_broken(Seeded::OldRootStaysPinned) {
             self.pages[old].pins -= 1;
         }
         Ok(())
+    }
+
+    /// Notes a CPU's state, for the root that it has by now.
+    fn follow(&mut self, cpu: CpuId, state: &PagingState) {
+        let root = self.cpus[usize::from(cpu.0)].root;
+        let table = self.table_root(state, root);
+        self.cpus[usize::from(cpu.0)] = Cpu { state: *state, root, table };
     }
 
     /// CR3 was loaded.
@@ -178,7 +186,7 @@ impl ShadowMmu {
     /// Follows a state that differs from the one last told of. What makes no difference to translation changes without an
     /// event; anything else would be the caller's mistake, and is made good by a new root and a full flush.
     pub(crate) fn adopt(&mut self, cpu: CpuId, state: &PagingState) -> Result<(), MmuError> {
-        let known = &mut self.cpus[usize::from(cpu.0)].state;
+        let known = &self.cpus[usize::from(cpu.0)].state;
         if known == state {
             return Ok(());
         }
@@ -187,7 +195,7 @@ impl ShadowMmu {
             && known.pcid() == state.pcid()
             && known.phys_bits == state.phys_bits;
         if same_root && same_translation_rules(known, state) {
-            *known = *state;
+            self.follow(cpu, state);
             return Ok(());
         }
         self.switch(cpu, state)?;

@@ -5,16 +5,27 @@
 
 use crate::Seeded;
 use crate::ShadowMmu;
-use crate::pages::{EntryRef, MAX_PAGES, PageId, Pages, frame_of, page_in, read, write};
+use crate::pages::{EntryRef, MAX_PAGES, PageId, Pages, frame_of, link_key, page_in, read, write};
 use crate::role::{Kind as PageKind, Role};
 use crate::spte::{self, Kind};
 use guestmem::{Gfn, MemoryError};
-use mmu::{Counter, MmuError, PagingMode};
+use mmu::{Counter, MmuError, PagingMode, Rights};
 
 impl ShadowMmu {
     #[inline]
     pub(crate) fn entry(&self, at: EntryRef) -> u64 {
         read(self.memory.host(), at)
+    }
+
+    /// Where a link leads and what it permits, if it stands at `at` and was made from this entry of the guest's.
+    #[inline]
+    pub(crate) fn known_link(&self, at: EntryRef, raw: u64) -> Option<(PageId, Rights)> {
+        let page = &self.pages[at.page()];
+        let old = self.entry(at);
+        let known = page.role.kind == PageKind::Guest
+            && spte::kind(old, page.role.level) == Kind::Link
+            && page.slots[at.index()].key() == link_key(raw);
+        known.then(|| (page_in(spte::frame(old)), spte::rights(old)))
     }
 
     /// The page of exactly this frame and role, made if there is none.
@@ -109,10 +120,11 @@ impl ShadowMmu {
         write(self.memory.host(), at, raw);
     }
 
-    /// Puts a link to `child` into an empty entry.
-    pub(crate) fn set_link(&mut self, at: EntryRef, raw: u64, child: PageId) {
+    /// Puts a link to `child` into an empty entry; `key` says what it is made from.
+    pub(crate) fn set_link(&mut self, at: EntryRef, raw: u64, child: PageId, key: u64) {
         let halves = self.splinter_halves(at, Some(child));
         self.put(at, raw, Gfn(0), halves);
+        self.pages.slot_mut(at).set_key(key);
         let head = self.pages.push(self.pages[child].parents, at);
         if !self.is_broken(Seeded::ParentForgotten) {
             self.pages[child].parents = head;
@@ -120,7 +132,8 @@ impl ShadowMmu {
     }
 
     /// Changes the rights of a link in place.
-    pub(crate) fn change_link(&mut self, at: EntryRef, raw: u64) {
+    pub(crate) fn change_link(&mut self, at: EntryRef, raw: u64, key: u64) {
+        self.pages.slot_mut(at).set_key(key);
         write(self.memory.host(), at, raw);
     }
 

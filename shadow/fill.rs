@@ -6,7 +6,7 @@
 
 use crate::Seeded;
 use crate::ShadowMmu;
-use crate::pages::{EntryRef, PageId, frame_of, page_in};
+use crate::pages::{EntryRef, PageId, frame_of, link_key, page_in};
 use crate::rights::Filler;
 use crate::role::{Kind, Leaf, Role, Target};
 use crate::spte;
@@ -141,10 +141,17 @@ impl ShadowMmu {
         self.path.clear();
         loop {
             self.enter(page, gva);
-            let role = self.pages[page].role;
-            let index = (gva.0 >> (12 + 9 * (role.level - 1))) as usize & 511;
+            let level = self.pages[page].role.level;
+            let index = (gva.0 >> (12 + 9 * (level - 1))) as usize & 511;
             let at = EntryRef::new(page, index);
-            let (gfn, child_role, rights) = match self.target(at, &role, walk, dirty) {
+            let raw = walk.steps().iter().find(|step| step.level == level).map(|step| step.raw);
+            if let Some((child, rights)) = raw.and_then(|raw| self.known_link(at, raw)) {
+                above &= rights;
+                page = child;
+                continue;
+            }
+            let role = self.pages[page].role;
+            let (gfn, child_role, rights) = match self.target(at, &role, raw, dirty) {
                 Target::Nothing => return Err(broken("the guest's walk goes through the CPU's root", gva)),
                 Target::Table { gfn, role, rights } => (gfn, role, rights),
                 Target::Leaf(leaf) => {
@@ -159,7 +166,7 @@ impl ShadowMmu {
             };
             let rights = if self.is_broken(Seeded::LinksGiveAll) { Rights::all() } else { rights };
             above &= rights;
-            page = self.link_to(at, gfn, child_role, rights, &mut changed)?;
+            page = self.link_to(at, gfn, child_role, rights, raw, &mut changed)?;
         }
     }
 
@@ -181,14 +188,14 @@ impl ShadowMmu {
     }
 
     /// What the entry has to say, by the guest's entry that the walk has read.
-    fn target(&self, at: EntryRef, role: &Role, walk: &Walk, dirty: bool) -> Target {
+    fn target(&self, at: EntryRef, role: &Role, raw: Option<u64>, dirty: bool) -> Target {
         let gfn = self.pages[at.page()].gfn;
         match role.kind {
             Kind::Direct => role.direct_target(gfn, at.index()),
             Kind::Synthetic => role.synthetic_target(gfn, at.index(), &self.pdpte_sets.get(role.mode, gfn)),
-            Kind::Guest => match walk.steps().iter().find(|step| step.level == role.level) {
+            Kind::Guest => match raw {
                 None => Target::Nothing,
-                Some(step) => match self.seeded_target(role, role.guest_target(at.index(), step.raw)) {
+                Some(raw) => match self.seeded_target(role, role.guest_target(at.index(), raw)) {
                     // The walk may have set the flag after it read the entry.
                     Target::Leaf(leaf) => Target::Leaf(Leaf { dirty, ..leaf }),
                     target => target,
@@ -312,25 +319,26 @@ impl ShadowMmu {
         gfn: Gfn,
         role: Role,
         rights: Rights,
+        raw: Option<u64>,
         changed: &mut bool,
     ) -> Result<PageId, MmuError> {
         let old = self.entry(at);
         let parent = self.pages[at.page()].role;
+        let guest_link = parent.kind == Kind::Guest && role.kind == Kind::Guest;
+        let key = raw.filter(|_| guest_link).map_or(0, link_key);
         if spte::kind(old, parent.level) == spte::Kind::Link {
             let child = page_in(spte::frame(old));
             if self.pages[child].gfn == gfn && self.pages[child].role == role {
                 let new = spte::link(frame_of(child), rights);
-                if new != old {
-                    self.change_link(at, new);
-                    *changed = true;
-                }
+                *changed |= new != old;
+                self.change_link(at, new, key);
                 return Ok(child);
             }
         }
         // What stood here goes first: a child found while it still stands could go with it.
         self.drop_entry(at);
         let child = self.page_for(gfn, role)?;
-        self.set_link(at, spte::link(frame_of(child), rights), child);
+        self.set_link(at, spte::link(frame_of(child), rights), child, key);
         if parent.kind == Kind::Guest && role.kind == Kind::Direct {
             self.counters.count(Counter::ShadowLargeSplit);
         }

@@ -115,6 +115,20 @@ impl ShadowMmu {
         Controls { wp: true, nxe: true, ..state.controls() }
     }
 
+    /// What the hardware is told of a root and the state that it is for.
+    fn table_root(&self, state: &PagingState, root: pages::PageId) -> TableRoot {
+        TableRoot::Shadow {
+            root: frame_of(root).base(),
+            format: mmu::entry::Long {
+                levels: if state.mode() == PagingMode::Level5 { 5 } else { 4 },
+                nxe: !self.is_broken(Seeded::HardwareTakesGuestNxe) || state.controls().nxe,
+                phys_bits: spte::PHYS_BITS,
+                gib_pages: true,
+            },
+            controls: self.seeded_controls(state, Self::hardware_controls(state)),
+        }
+    }
+
     fn owe(&mut self, flush: TlbFlush) {
         self.pending = self.pending.and(flush);
     }
@@ -157,22 +171,12 @@ impl MmuBackend for ShadowMmu {
     fn add_cpu(&mut self, state: &PagingState) -> Result<CpuId, MmuError> {
         let id = CpuId(self.cpus.len() as u16);
         let root = self.take_root(state)?;
-        self.cpus.push(Cpu { state: *state, root });
+        self.cpus.push(Cpu { state: *state, root, table: self.table_root(state, root) });
         self.checked(id)
     }
 
     fn root(&self, cpu: CpuId) -> TableRoot {
-        let Cpu { state, root } = &self.cpus[usize::from(cpu.0)];
-        TableRoot::Shadow {
-            root: frame_of(*root).base(),
-            format: mmu::entry::Long {
-                levels: if state.mode() == PagingMode::Level5 { 5 } else { 4 },
-                nxe: !self.is_broken(Seeded::HardwareTakesGuestNxe) || state.controls().nxe,
-                phys_bits: spte::PHYS_BITS,
-                gib_pages: true,
-            },
-            controls: self.seeded_controls(state, Self::hardware_controls(state)),
-        }
+        self.cpus[usize::from(cpu.0)].table
     }
 
     fn intercepts(&self) -> Intercepts {

@@ -67,8 +67,9 @@ pub(crate) fn page_in(frame: Hfn) -> PageId {
 /// What is known of one entry.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Slot {
-    /// The guest frame that a leaf or marker was filled for, below bit 62; above, the halves of the address space where
-    /// the entry is counted as a splinter ([`crate::splinter`]), 0 where it is not.
+    /// The guest frame that a leaf or marker was filled for, or what a link was made from ([`link_key`]), below bit 62;
+    /// above, the halves of the address space where the entry is counted as a splinter ([`crate::splinter`]), 0 where it is
+    /// not.
     word: u64,
     pub next: EntryRef,
     pub prev: EntryRef,
@@ -79,6 +80,15 @@ impl Slot {
     pub fn gfn(&self) -> Gfn {
         Gfn(self.word & !(3 << 62))
     }
+    /// What a link was made from; 0 where that is no link of the guest's.
+    #[inline]
+    pub fn key(&self) -> u64 {
+        self.word & !(3 << 62)
+    }
+    #[inline]
+    pub fn set_key(&mut self, key: u64) {
+        self.word = self.word & 3 << 62 | key;
+    }
     #[inline]
     pub fn splinter_halves(&self) -> u8 {
         (self.word >> 62) as u8
@@ -87,6 +97,20 @@ impl Slot {
     pub fn set(&mut self, gfn: Gfn, splinter_halves: u8) {
         self.word = gfn.0 & !(3 << 62) | u64::from(splinter_halves) << 62;
     }
+}
+
+/// All of a guest's entry that a link made from it depends on, in 56 bits, never 0: everything but the accessed and dirty
+/// flags and the bits from 3 to 11 that mean nothing there. What else a link depends on, the role of the page that it
+/// stands in, never changes; so while the key is the same, the link is right, and neither the guest's entry need be
+/// decoded nor the roles compared.
+#[inline]
+pub(crate) fn link_key(raw: u64) -> u64 {
+    raw >> 12 << 4 | raw >> 4 & 8 | raw & 7
+}
+
+/// A guest's entry that gives this key, with the accessed flag set.
+pub(crate) fn entry_of_key(key: u64) -> u64 {
+    key >> 4 << 12 | (key & 8) << 4 | key & 7 | mmu::entry::bits::A
 }
 
 /// What is known of one page.
@@ -344,4 +368,24 @@ pub(crate) fn read(host: &HostMemory, at: EntryRef) -> u64 {
 pub(crate) fn write(host: &HostMemory, at: EntryRef, raw: u64) {
     let written = host.write_u64(at.address(), raw);
     debug_assert!(written.is_some());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_key_tells_all_that_a_link_depends_on() {
+        let raw = 0x8ab0_1234_5678_9067;
+        for bit in 0..64 {
+            let told = link_key(raw ^ 1 << bit) != link_key(raw);
+            assert_eq!(told, !matches!(bit, 3..=6 | 8..=11), "bit {bit}");
+            let key = link_key(1 << bit);
+            assert_eq!(link_key(entry_of_key(key)), key);
+        }
+        let mut slot = Slot::default();
+        slot.set(Gfn(0), 2);
+        slot.set_key(link_key(u64::MAX));
+        assert_eq!((slot.key(), slot.splinter_halves()), ((1 << 56) - 1, 2));
+    }
 }

@@ -19,7 +19,7 @@ use crate::role::{Leaf, Role, Target};
 use crate::spte;
 use crate::tracker::Tracked;
 use guestmem::{Backing, FrameMark, Gfn, Gpa, Hfn, Slot};
-use mmu::entry::bits::{A, D};
+use mmu::entry::bits::{A, D, P};
 use mmu::{AccessKind, Counter, MmuError, Privilege, TlbFlush, Walk, WalkEnd};
 
 impl ShadowMmu {
@@ -44,7 +44,7 @@ impl ShadowMmu {
         }
         let keeps_flags = !matches!(self.memory.slot(gfn), Slot::Rom(_));
         let noted = frame.filter(|_| !self.is_broken(Seeded::TableFrameNotNoted));
-        self.tracker.frames.insert(gfn.0, Tracked { first: id, frame: noted, keeps_flags });
+        self.tracker.begin(gfn, Tracked { first: id, frame: noted, keeps_flags });
         if !self.is_broken(Seeded::BlockNotCounted) {
             self.tracker.count(gfn, true);
         }
@@ -77,7 +77,7 @@ impl ShadowMmu {
         tracked.first = next;
         if next == 0 || too_early {
             let frame = tracked.frame;
-            self.tracker.frames.remove(&gfn.0);
+            self.tracker.end(gfn);
             if !self.is_broken(Seeded::BlockStaysCounted) {
                 self.tracker.count(gfn, false);
             }
@@ -189,8 +189,16 @@ impl ShadowMmu {
     fn revalidate(&mut self, at: EntryRef, role: &Role) {
         let old = self.entry(at);
         let raw = self.guest_entry(at);
+        // Most writes are to what nothing is made from yet, or change nothing of what a link is made from.
+        let kind = spte::kind(old, role.level);
+        let eager = role.level == 1 && raw & P != 0 && (raw & A != 0 || self.assumes_accessed());
+        if kind == spte::Kind::Empty && !eager
+            || kind == spte::Kind::Link && raw & A != 0 && self.known_link(at, raw).is_some()
+        {
+            return;
+        }
         let target = self.seeded_target(role, role.guest_target(at.index(), raw));
-        let raw = if self.is_broken(Seeded::ClearedAccessedFlagMissed) { raw | A } else { raw };
+        let raw = if self.assumes_accessed() { raw | A } else { raw };
         match (spte::kind(old, role.level), target) {
             (spte::Kind::Link, _) if self.is_broken(Seeded::LinksNotRevalidated) => {}
             (spte::Kind::Leaf, _) if role.level == 1 && self.is_broken(Seeded::LeavesNotRevalidated) => {}
@@ -204,6 +212,12 @@ impl ShadowMmu {
             (spte::Kind::Empty, _) => {}
             _ => self.drop_entry(at),
         }
+    }
+
+    /// Whether a rule is broken on purpose by which an entry that is not accessed stands for nothing.
+    #[inline(always)]
+    fn assumes_accessed(&self) -> bool {
+        self.is_broken(Seeded::ClearedAccessedFlagMissed)
     }
 
     /// Makes a 4 KiB entry map what the guest's new entry maps, or nothing. Nobody accesses the page now, so the rights

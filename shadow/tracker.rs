@@ -24,6 +24,8 @@ pub(crate) struct Tracked {
 #[derive(Debug)]
 pub(crate) struct Tracker {
     pub frames: FixedMap<u64, Tracked>,
+    /// The same frames as far as they are memory, a bit each: asked at every fill.
+    tracked: Vec<u64>,
     in_2m: Vec<u16>,
     in_1g: Vec<u32>,
     handed_out: Vec<u64>,
@@ -36,6 +38,7 @@ impl Tracker {
         let end = end.0;
         Self {
             frames: FixedMap::default(),
+            tracked: vec![0; (end / 64) as usize + 1],
             in_2m: vec![0; (end >> 9) as usize + 1],
             in_1g: vec![0; (end >> 18) as usize + 1],
             // Whole 2 MiB blocks, so that a large entry always has its words.
@@ -52,7 +55,31 @@ impl Tracker {
 
     #[inline]
     pub fn is_tracked(&self, gfn: Gfn) -> bool {
+        if gfn.0 < self.end {
+            return self.tracked[(gfn.0 / 64) as usize] >> (gfn.0 % 64) & 1 != 0;
+        }
         self.frames.contains_key(&gfn.0)
+    }
+
+    /// Tracking of a frame begins.
+    pub fn begin(&mut self, gfn: Gfn, tracked: Tracked) {
+        self.frames.insert(gfn.0, tracked);
+        if gfn.0 < self.end {
+            self.tracked[(gfn.0 / 64) as usize] |= 1 << (gfn.0 % 64);
+        }
+    }
+
+    /// And ends.
+    pub fn end(&mut self, gfn: Gfn) {
+        self.frames.remove(&gfn.0);
+        if gfn.0 < self.end {
+            self.tracked[(gfn.0 / 64) as usize] &= !(1 << (gfn.0 % 64));
+        }
+    }
+
+    /// How many frames of memory have their bit set, for the audit.
+    pub fn noted(&self) -> usize {
+        self.tracked.iter().map(|bits| bits.count_ones() as usize).sum()
     }
 
     /// Whether a frame of the block that an entry of a table of `level` would map is tracked.
