@@ -9,6 +9,7 @@ use crate::pages::{EntryRef, MAX_PAGES, PageId, Pages, frame_of, link_key, page_
 use crate::role::{Kind as PageKind, Role};
 use crate::spte::{self, Kind};
 use guestmem::{Gfn, MemoryError};
+use mmu::entry::bits::P;
 use mmu::{Counter, MmuError, PagingMode, Rights};
 
 impl ShadowMmu {
@@ -24,6 +25,7 @@ impl ShadowMmu {
         let old = self.entry(at);
         let known = page.role.kind == PageKind::Guest
             && spte::kind(old, page.role.level) == Kind::Link
+            && raw & P != 0
             && page.slots[at.index()].key() == link_key(raw);
         known.then(|| (page_in(spte::frame(old)), spte::rights(old)))
     }

@@ -99,7 +99,7 @@ impl Slot {
     }
 }
 
-/// All of a guest's entry that a link made from it depends on, in 56 bits, never 0: everything but the accessed and dirty
+/// All of a guest's entry that a link made from it depends on, in 56 bits, not 0 for a present one: everything but the accessed and dirty
 /// flags and the bits from 3 to 11 that mean nothing there. What else a link depends on, the role of the page that it
 /// stands in, never changes; so while the key is the same, the link is right, and neither the guest's entry need be
 /// decoded nor the roles compared.

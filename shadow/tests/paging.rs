@@ -169,6 +169,24 @@ fn every_paging_mode_translates() {
     }
 }
 
+/// A link knows the guest's entry that it was made from, and one to the pieces of a large page was made from none: an
+/// entry in which nothing is left but its accessed flag must not be taken for that.
+#[test]
+fn pieces_of_a_large_page_go_when_only_its_accessed_flag_is_left() {
+    for policy in POLICIES {
+        let mut m = Machine::audited(policy);
+        m.entry(0x10000, 0, 0x11000 | RW);
+        m.entry(0x11000, 0, 0x12000 | RW);
+        m.entry(0x12000, 1, RW | PS);
+        assert!(m.set_state(long_mode(0x10000)));
+        // Its tables are in the page, so it is mapped by pieces.
+        assert_eq!(m.access(Gva(0x20_3000), read(User)), Outcome::Memory(Gpa(0x3000)));
+        m.entry(0x12000, 1, A);
+        m.flush_all();
+        assert!(matches!(m.access(Gva(0x20_3000), read(User)), Outcome::Fault(_)));
+    }
+}
+
 #[test]
 fn a_large_page_has_one_dirty_flag_however_it_is_mapped() {
     for policy in POLICIES {

@@ -4,7 +4,7 @@
 //! the memory object and counts one reference an entry.
 
 use crate::walk::{TableMemory, all_ones};
-use guestmem::{Backing, Gpa, GuestMemory, HostMemory, Hpa, MemoryError};
+use guestmem::{Backing, Gpa, GuestMemory, HostMemory, Hpa, MemoryError, Slot};
 
 /// Tables in the engine's own frames; addresses are HPAs. What lies outside reads as all ones.
 #[derive(Debug)]
@@ -62,16 +62,17 @@ impl<'a> GuestTables<'a> {
 impl TableMemory for GuestTables<'_> {
     type Error = MemoryError;
 
+    #[inline]
     fn load(&mut self, address: u64, bytes: u64) -> Result<u64, MemoryError> {
         self.references += 1;
         let gpa = Gpa(address);
-        let Backing::Memory { frame, .. } = self.memory.backing(gpa.frame())? else {
-            return Ok(all_ones(bytes));
-        };
-        let hpa = frame.base().wrapping_add(gpa.page_offset());
-        let host = self.memory.host();
-        let raw = if bytes == 4 { host.read_u32(hpa).map(u64::from) } else { host.read_u64(hpa) };
-        Ok(raw.unwrap_or(all_ones(bytes)))
+        if let Slot::Ram(frame) = self.memory.slot(gpa.frame())
+            && bytes == 8
+            && let Some(raw) = self.memory.host().read_u64(frame.base().wrapping_add(gpa.page_offset()))
+        {
+            return Ok(raw);
+        }
+        self.load_elsewhere(gpa, bytes)
     }
 
     fn compare_exchange(
@@ -94,5 +95,18 @@ impl TableMemory for GuestTables<'_> {
         };
         self.memory.dirty().mark(gpa.frame());
         Ok(done.unwrap_or(true))
+    }
+}
+
+impl GuestTables<'_> {
+    /// Reads an entry of 4 bytes, in ROM, in memory that has no frame yet, or where nothing is.
+    fn load_elsewhere(&self, gpa: Gpa, bytes: u64) -> Result<u64, MemoryError> {
+        let Backing::Memory { frame, .. } = self.memory.backing(gpa.frame())? else {
+            return Ok(all_ones(bytes));
+        };
+        let hpa = frame.base().wrapping_add(gpa.page_offset());
+        let host = self.memory.host();
+        let raw = if bytes == 4 { host.read_u32(hpa).map(u64::from) } else { host.read_u64(hpa) };
+        Ok(raw.unwrap_or(all_ones(bytes)))
     }
 }
