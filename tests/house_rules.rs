@@ -109,6 +109,7 @@ fn dependencies_point_one_way() {
         ("devices", &[]),
         ("boot", &[]),
         ("guests", &[]),
+        ("yardstick", &[]),
         (
             "harness",
             &[
