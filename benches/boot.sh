@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # Boots the stock Linux kernel side by side in one run: under QEMU's TCG with one vCPU, and under antumbra with each MMU; the
 # same kernel, initramfs, memory and command line. Prints how long it took from the start of the program to the marker line
-# of user space and to power-off (minima and medians over the rounds), the ratios to QEMU, and antumbra's own exact counts.
+# of user space and to power-off (minima and medians over the rounds), what each phase of the workload took, the ratios to
+# QEMU, and antumbra's own exact counts.
+#
+# All times are the host's, taken when a line comes out of the guest; guest time is no measure under antumbra, where it is
+# retired instructions.
 #
 # The rounds are interleaved, so that a noisy machine is noisy for everyone: only ratios taken in one run may be compared.
 # It needs bash 5, coreutils and awk; QEMU for the baseline; and what guests/linux/make.sh made.
@@ -9,6 +13,8 @@ set -euo pipefail
 export LC_ALL=C
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=benches/engine.sh
+. "$root/benches/engine.sh"
 
 # Where the counts stand in the program's --report file: a heading, then the path of the number, with dots between the keys.
 # A path that the report has not is shown as "?", and the run says so.
@@ -27,6 +33,8 @@ usage: benches/boot.sh [options]
   --workload W       marker: stop at user space; short: 200 fork+exec and files; full: hashing, compression, sorting too (short)
   --memory SIZE      guest memory (512M)
   --mmu LIST         MMUs of antumbra, separated by commas (shadow,ept)
+  --engine LIST      engines of antumbra's CPU, separated by commas: interpret, translate; all: those it has
+                     (the program's own choice)
   --linux DIR        folder made by guests/linux/make.sh (target/linux)
   --kernel FILE      kernel image, if not DIR/vmlinuz
   --antumbra FILE    the program (target/release/antumbra)
@@ -41,11 +49,12 @@ TEXT
 
 fail() { printf 'boot.sh: %s\n' "$*" >&2; exit 1; }
 
-rounds=3 workload=short memory=512M mmu=shadow,ept linux=$root/target/linux kernel='' antumbra='' machine=pc
+rounds=3 workload=short memory=512M mmu=shadow,ept engine='' linux=$root/target/linux kernel='' antumbra='' machine=pc
 qemu=qemu-system-x86_64 no_qemu=0 cmdline='' timeout=600
 while [ $# -gt 0 ]; do
     case $1 in
-        --rounds | --workload | --memory | --mmu | --linux | --kernel | --antumbra | --machine | --qemu | --cmdline | --timeout)
+        --rounds | --workload | --memory | --mmu | --engine | --linux | --kernel | --antumbra | --machine | --qemu | --cmdline | \
+            --timeout)
             [ $# -ge 2 ] || { printf 'boot.sh: %s needs a value\n' "$1" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"
             shift ;;
@@ -80,8 +89,8 @@ words=$words${cmdline:+ $cmdline}
 
 entrants=()
 [ "$no_qemu" = 1 ] || entrants+=(qemu)
-IFS=, read -r -a mmus <<<"$mmu"
-entrants+=("${mmus[@]}")
+listed=$(antumbra_entrants "$antumbra" "$mmu" "$engine") || fail "no such engine"
+while IFS= read -r entrant; do entrants+=("$entrant"); done <<<"$listed"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -92,22 +101,32 @@ command_of() {
         # A vCPU of TCG; without default devices, since each of them costs the kernel a driver's probe.
         qemu) printf '%s\n' "$qemu" -machine "$machine" -accel tcg -cpu qemu64 -smp 1 -m "$memory" -nodefaults -no-reboot \
             -display none -serial stdio -kernel "$kernel" -initrd "$initramfs" -append "$words" ;;
-        *) printf '%s\n' "$antumbra" run --mmu "$1" --cpu soft --memory "$memory" --kernel "$kernel" --initramfs "$initramfs" \
-            --cmdline "$words" --report "$work/report.$1.json" ;;
+        *)
+            printf '%s\n' "$antumbra" run
+            entrant_options "$antumbra" "$1"
+            printf '%s\n' --cpu soft --memory "$memory" --kernel "$kernel" --initramfs "$initramfs" \
+                --cmdline "$words" --report "$work/report.$1.json" ;;
     esac
 }
 
 now() { printf '%s' "${EPOCHREALTIME/./}"; }
 
-# Boots the entrant $1 in round $2 and appends "entrant marker total" in microseconds to the results.
+# Boots the entrant $1 in round $2 and appends "entrant marker total" in microseconds to the results, and "entrant phase
+# microseconds" to the phases.
 boot() {
-    local entrant=$1 round=$2 began marker='' ended='' seen='' status='' line argv
+    local entrant=$1 round=$2 began marker='' ended='' seen='' status='' line argv phase at=''
     mapfile -t argv < <(command_of "$entrant")
     began=$(now)
     # What comes out is kept, to be shown when a boot fails; the status comes as a last line of its own.
     while IFS= read -r line; do
         case $line in
-            *'ANTUMBRA: user space reached'*) [ -n "$marker" ] || marker=$(now) ;;
+            *'ANTUMBRA: user space reached'*)
+                [ -n "$marker" ] || marker=$(now)
+                at=$marker ;;
+            *'ANTUMBRA: phase '*' done'*)
+                phase=${line#*ANTUMBRA: phase }
+                printf '%s %s %s\n' "$entrant" "${phase%% *}" $(($(now) - at)) >>"$work/phases"
+                at=$(now) ;;
             *'boot.sh status '*) ended=$(now) status=${line##* } ;;
         esac
         case $line in *"ANTUMBRA: $last"*) seen=1 ;; esac
@@ -125,7 +144,7 @@ boot() {
             "and ${seen:+with}${seen:-without} 'ANTUMBRA: $last'"
     fi
     printf '%s %s %s\n' "$entrant" $((marker - began)) $((ended - began)) >>"$work/results"
-    printf '  round %s  %-7s %8.2f s to user space  %8.2f s to power-off\n' "$round" "$entrant" \
+    printf '  round %s  %-17s %8.2f s to user space  %8.2f s to power-off\n' "$round" "$entrant" \
         "$(awk "BEGIN { print ($marker - $began) / 1e6 }")" "$(awk "BEGIN { print ($ended - $began) / 1e6 }")"
 }
 
@@ -176,8 +195,8 @@ for ((round = 1; round <= rounds; round++)); do
 done
 
 echo
-printf '%-8s %30s %30s\n' '' '-- to user space, seconds --' '---- to power-off, seconds ----'
-printf '%-8s %10s %10s %9s %10s %10s %9s\n' '' minimum median ratio minimum median ratio
+printf '%-17s %30s %30s\n' '' '-- to user space, seconds --' '---- to power-off, seconds ----'
+printf '%-17s %10s %10s %9s %10s %10s %9s\n' '' minimum median ratio minimum median ratio
 reference=${entrants[0]}
 read -r marker_base _ < <(summary "$reference" 2)
 read -r total_base _ < <(summary "$reference" 3)
@@ -185,18 +204,40 @@ for entrant in "${entrants[@]}"; do
     read -r marker_min marker_median < <(summary "$entrant" 2)
     read -r total_min total_median < <(summary "$entrant" 3)
     awk -v e="$entrant" -v a="$marker_min" -v b="$marker_median" -v ab="$marker_base" -v c="$total_min" -v d="$total_median" -v cb="$total_base" \
-        'BEGIN { printf "%-8s %10.2f %10.2f %8.2fx %10.2f %10.2f %8.2fx\n", e, a / 1e6, b / 1e6, a / ab, c / 1e6, d / 1e6, c / cb }'
+        'BEGIN { printf "%-17s %10.2f %10.2f %8.2fx %10.2f %10.2f %8.2fx\n", e, a / 1e6, b / 1e6, a / ab, c / 1e6, d / 1e6, c / cb }'
 done
 echo "(ratio: minimum over the minimum of $reference)"
 
+if [ -s "$work/phases" ]; then
+    echo
+    awk -v entrants="${entrants[*]}" '
+        !($2 in seen) { seen[$2]; phase[++phases] = $2 }
+        !(($1, $2) in best) || $3 < best[$1, $2] { best[$1, $2] = $3 }
+        END {
+            n = split(entrants, entrant, " ")
+            printf "%-17s", "phase, seconds"
+            for (i = 1; i <= n; i++) printf i == 1 ? " %8s" : " %17s", entrant[i]
+            print ""
+            for (j = 1; j <= phases; j++) {
+                printf "%-17s", phase[j]
+                for (i = 1; i <= n; i++) {
+                    time = best[entrant[i], phase[j]]
+                    printf " %8.2f", time / 1e6
+                    if (i > 1) printf " %7.2fx", time / best[entrant[1], phase[j]]
+                }
+                print ""
+            }
+        }' "$work/phases"
+fi
+
 echo
-printf '%-8s' ''
+printf '%-17s' ''
 for count in "${counts[@]}"; do printf ' %18s' "${count%%:*}"; done
 echo
 missing=''
 for entrant in "${entrants[@]}"; do
     [ "$entrant" != qemu ] || continue
-    printf '%-8s' "$entrant"
+    printf '%-17s' "$entrant"
     for count in "${counts[@]}"; do
         value='?'
         [ ! -r "$work/report.$entrant.json" ] || value=$(number_at "$work/report.$entrant.json" "${count#*:}")
