@@ -89,7 +89,7 @@ words=$words${cmdline:+ $cmdline}
 
 entrants=()
 [ "$no_qemu" = 1 ] || entrants+=(qemu)
-listed=$(antumbra_entrants "$antumbra" "$mmu" "$engine") || fail "no such engine"
+listed=$(antumbra_entrants "$antumbra" "$mmu" "$engine") || exit 1
 while IFS= read -r entrant; do entrants+=("$entrant"); done <<<"$listed"
 
 work=$(mktemp -d)

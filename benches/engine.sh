@@ -20,7 +20,7 @@ antumbra_entrants() {
             engines=${3//,/ }
             for engine in $engines; do
                 grep -qxF -- "$engine" <<<"${offered:-interpret}" || {
-                    echo "$1 has no engine '$engine', only: ${offered:-interpret}" >&2
+                    echo "$1 has no engine '$engine', only:" ${offered:-interpret} >&2
                     return 1
                 }
             done ;;

@@ -102,7 +102,7 @@ cp "$yardstick" "$work/init"
 perl "$root/guests/linux/cpio.pl" <"$work/entries" >"$initramfs" || fail "could not write the initramfs"
 
 words="console=ttyS0 nokaslr cryptomgr.notests=1 panic=-1 quiet${cmdline:+ $cmdline}"
-listed=$(antumbra_entrants "$antumbra" "$mmu" "$engine") || fail "no such engine"
+listed=$(antumbra_entrants "$antumbra" "$mmu" "$engine") || exit 1
 mapfile -t guests <<<"$listed"
 [ "$no_qemu" = 1 ] || guests=(qemu "${guests[@]}")
 entrants=("${guests[@]}")
