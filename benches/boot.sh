@@ -207,6 +207,10 @@ for entrant in "${entrants[@]}"; do
         'BEGIN { printf "%-17s %10.2f %10.2f %8.2fx %10.2f %10.2f %8.2fx\n", e, a / 1e6, b / 1e6, a / ab, c / 1e6, d / 1e6, c / cb }'
 done
 echo "(ratio: minimum over the minimum of $reference)"
+case $reference-$workload in
+    qemu-marker) echo "(asked of antumbra: at most 0.80x to user space, aiming at 0.50x)" ;;
+    qemu-full) echo "(asked of antumbra: at most 0.80x to user space, aiming at 0.50x; at most 0.50x to power-off)" ;;
+esac
 
 if [ -s "$work/phases" ]; then
     echo

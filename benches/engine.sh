@@ -8,6 +8,14 @@ engines_offered() {
     case $help in *' --engine '*) printf '%s\n' interpret translate ;; esac
 }
 
+# Prints the engine that the program $1 chooses by itself.
+engine_by_default() {
+    "$1" run --help | awk '
+        / --engine / { here = 1 }
+        here && match($0, /\[default: [a-z]+\]/) { name = substr($0, RSTART + 10, RLENGTH - 11); exit }
+        END { print name == "translate" ? name : "interpret" }'
+}
+
 # Prints the entrants, one a line, of the program $1 for the MMUs $2 and the engines $3 (lists with commas). Engines: "" is the
 # program's own choice, "all" is whatever it offers. A program that cannot be asked is the interpreter.
 antumbra_entrants() {

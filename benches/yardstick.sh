@@ -23,7 +23,7 @@ usage: benches/yardstick.sh [options]
 
   --rounds N         rounds, each of them every entrant once (3)
   --samples N        samples of each kind of work in a round (3); the fastest of all rounds counts
-  --scale N          length of a sample; 10 is about half a second (10)
+  --scale N          length of a sample: 10 is about half a second, much less measures the console too (10)
   --only LIST        names of work, separated by commas (everything; the names: yardstick --list)
   --mmu LIST         MMUs of antumbra, separated by commas (shadow,ept)
   --engine LIST      engines of antumbra's CPU, separated by commas: interpret, translate; all: those it has
@@ -108,14 +108,15 @@ mapfile -t guests <<<"$listed"
 entrants=("${guests[@]}")
 [ "$no_native" = 1 ] || entrants=(native "${guests[@]}")
 
+own_choice=$(engine_by_default "$antumbra")
 # How many units the entrant $1 does in a sample, of work of the kind $2.
 times_of() {
-    case $1-$2 in
+    local entrant=$1
+    case $entrant in native | qemu | *-*) ;; *) entrant=$entrant-$own_choice ;; esac
+    case $entrant-$2 in
         native-compute) echo $((100 * scale)) ;;
         *-interpret-*) echo "$scale" ;;
-        native-* | qemu-* | *-translate-*) echo $((20 * scale)) ;;
-        # The program's own choice of engine: the interpreter where it has no other.
-        *) if [ -n "$(engines_offered "$antumbra")" ]; then echo $((5 * scale)); else echo "$scale"; fi ;;
+        *) echo $((20 * scale)) ;;
     esac
 }
 
