@@ -25,10 +25,14 @@ use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, InstructionIn
 
 /// Instructions in one block at most.
 pub const MOST: usize = 64;
+/// Instructions to which a loop of one block is unrolled, and how often at most.
+const UNROLLED: usize = 40;
+const MOST_COPIES: usize = 6;
 /// As the interpreter's decoder: see [`crate::decode`].
 const OPTIONS: u32 = DecoderOptions::NO_PAUSE;
 
 /// An instruction of a block.
+#[derive(Clone, Copy)]
 pub struct Insn {
     /// As decoded with the page at address 0.
     pub insn: Instruction,
@@ -40,6 +44,9 @@ pub struct Insn {
     pub flags: FlagUse,
     /// Flags after it that somebody may see.
     pub needed_after: u8,
+    /// A branch back to the block's start, which is followed by another copy of the block: the block goes on when it is
+    /// taken.
+    pub repeated: bool,
 }
 
 /// The instructions of a block.
@@ -73,8 +80,11 @@ pub fn decode(
         let at = insn.ip() as u32;
         let kind = kind_of(core, info, &mut insn, page, setting);
         let flags = kind.flag_use(&insn);
-        insns.push(Insn { insn, offset: at, kind, flags, needed_after: flag::ALL });
+        insns.push(Insn { insn, offset: at, kind, flags, needed_after: flag::ALL, repeated: false });
         let backward = kind == Kind::Branch && insn.near_branch_target() as i64 <= i64::from(at);
+        if backward && insn.near_branch_target() == u64::from(offset) {
+            repeat(&mut insns);
+        }
         if kind.ends() || backward {
             break;
         }
@@ -82,6 +92,21 @@ pub fn decode(
     let end = insns.last().map_or(offset, |i| i.offset + i.insn.len() as u32);
     let needed = needs(&mut insns, tight);
     Decoded { insns, needed, end }
+}
+
+/// Unrolls a loop that is one block: what is done once a block is then done once for several rounds.
+fn repeat(insns: &mut Vec<Insn>) {
+    let body = insns.len();
+    let copies = (UNROLLED / body).min(MOST_COPIES);
+    for _ in 1..copies {
+        if let Some(branch) = insns.last_mut() {
+            branch.repeated = true;
+        }
+        for i in 0..body {
+            let Insn { insn, offset, kind, flags, .. } = insns[i];
+            insns.push(Insn { insn, offset, kind, flags, needed_after: flag::ALL, repeated: false });
+        }
+    }
 }
 
 /// How an instruction is translated; the instruction is replaced by what it is on the model's processor.
@@ -209,6 +234,11 @@ pub struct Entries {
     pub saved: Label,
 }
 
+/// Whether a branch goes back, or to itself.
+pub fn is_backward(insn: &Insn) -> bool {
+    insn.insn.near_branch_target() as i64 <= i64::from(insn.offset)
+}
+
 /// What one block is emitted from, beside its instructions.
 pub struct Parts<'a> {
     /// Every tick may be looked at.
@@ -249,6 +279,7 @@ impl Emission<'_, '_> {
             if done.is_err() {
                 self.to.take_back(undo);
                 if self.to.in_shadow {
+                    self.to.keep_flags();
                     let slow = self.to.slow();
                     self.to.asm.jmp(slow);
                 } else if insn.kind.ends() {
@@ -262,15 +293,11 @@ impl Emission<'_, '_> {
         }
         if !ended {
             let last = decoded.insns.last()?;
-            if !(last.kind == Kind::Branch && self.backward(last)) {
+            if !(last.kind == Kind::Branch && is_backward(last)) {
                 self.go(i64::from(decoded.end));
             }
         }
         Some(entries)
-    }
-
-    fn backward(&self, insn: &Insn) -> bool {
-        insn.insn.near_branch_target() as i64 <= i64::from(insn.offset)
     }
 
     fn entries(&mut self, decoded: &Decoded) -> Entries {
@@ -322,7 +349,8 @@ impl Emission<'_, '_> {
     /// Calls the interpreter's handler and goes on.
     fn callout(&mut self, core: &mut Core, insn: &Insn) {
         let op = self.op(core, insn);
-        self.to.release_flags();
+        self.to.keep_flags();
+        self.to.recipe = None;
         self.to.note_exit();
         self.to.asm.imm(host::RAX, op);
         self.to.asm.call(Target::Arena(self.to.gates.callout));
@@ -332,7 +360,7 @@ impl Emission<'_, '_> {
     /// Leaves for the interpreter's handler.
     pub fn leave_for_handler(&mut self, core: &mut Core, insn: &Insn) {
         let op = self.op(core, insn);
-        self.to.release_flags();
+        self.to.keep_flags();
         self.to.note_exit();
         self.to.asm.imm(host::RAX, op);
         self.to.asm.jmp(Target::Arena(self.to.gates.op));
@@ -348,6 +376,14 @@ impl Emission<'_, '_> {
     }
 
     fn instruction(&mut self, core: &mut Core, insn: &Insn, decoded: &Decoded) -> Result<(), TooMany> {
+        let by_itself = matches!(
+            insn.kind,
+            Kind::Same | Kind::Merge(_) | Kind::Accumulator | Kind::AccumulatorMerge(_) | Kind::Nothing
+        );
+        if !by_itself && self.to.recipe.is_some() {
+            let changed = self.to.changed(&insn.insn);
+            self.to.settle(changed);
+        }
         match insn.kind {
             Kind::Nothing => {}
             Kind::Same => self.to.same(insn, None, false)?,
@@ -369,7 +405,7 @@ impl Emission<'_, '_> {
             Kind::BitString => self.to.bit_string(insn)?,
             Kind::SwapGs => self.to.swap_gs(),
             Kind::Jump => self.go(insn.insn.near_branch_target() as i64),
-            Kind::Branch => self.branch(insn, decoded),
+            Kind::Branch => self.branch(insn),
             Kind::Call => self.call(insn)?,
             Kind::CallIndirect => self.call_indirect(insn)?,
             Kind::JumpIndirect => self.jump_indirect(insn)?,
@@ -377,7 +413,7 @@ impl Emission<'_, '_> {
             Kind::Callout => self.callout(core, insn),
             Kind::Exit => self.leave_for_handler(core, insn),
             Kind::NeedsVectors => {
-                self.to.release_flags();
+                self.to.keep_flags();
                 self.to.note_exit();
                 self.to.asm.jmp(Target::Arena(self.to.gates.vectors));
             }

@@ -30,6 +30,8 @@ pub enum FlagState {
     Both,
     /// Saved.
     Saved,
+    /// Nowhere, but an instruction that gives them again can be executed: [`Emitter::recipe`].
+    Again,
     /// Nowhere: they are written before anything looks.
     Dead,
 }
@@ -62,6 +64,55 @@ pub enum Address<'a> {
     Stack(Mem),
 }
 
+/// An instruction that gives the flags of the last one that wrote them, as long as these registers stay as they are.
+#[derive(Clone, Copy, Debug)]
+pub struct Recipe {
+    /// The instruction.
+    pub insn: Instruction,
+    /// Guest registers that it reads, a bit each.
+    pub registers: u16,
+}
+
+impl Recipe {
+    /// For CMP and TEST the instruction itself; for AND, OR and XOR a TEST of the result.
+    fn of(insn: &Instruction) -> Option<Self> {
+        use iced_x86::{Code, Mnemonic as M};
+        let mut registers = 0;
+        for i in 0..insn.op_count() {
+            if insn.op_kind(i) == OpKind::Memory {
+                return None;
+            }
+            if insn.op_kind(i) == OpKind::Register {
+                registers |= recipe_register(insn.op_register(i))?;
+            }
+        }
+        match insn.mnemonic() {
+            M::Cmp | M::Test => Some(Self { insn: *insn, registers }),
+            M::And | M::Or | M::Xor => {
+                let result = insn.op0_register();
+                let code = match result.size() {
+                    1 => Code::Test_rm8_r8,
+                    2 => Code::Test_rm16_r16,
+                    4 => Code::Test_rm32_r32,
+                    _ => Code::Test_rm64_r64,
+                };
+                let insn = Instruction::with2(code, result, result).ok()?;
+                Some(Self { insn, registers: recipe_register(result)? })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The bit of a register that a recipe may use: one that needs no scratch. RSP changes too often to be worth it.
+fn recipe_register(register: Register) -> Option<u16> {
+    if !register.is_gpr() || matches!(register, Register::AH | Register::CH | Register::DH | Register::BH) {
+        return None;
+    }
+    let number = register.full_register().number() as u8;
+    (number != 4 && matches!(home(number), Home::Host(_))).then_some(1 << number)
+}
+
 /// The instruction cannot be emitted; the interpreter's handler is called for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooMany;
@@ -90,6 +141,13 @@ pub struct Emitter<'a> {
     pub offset: u32,
     /// It follows STI.
     pub in_shadow: bool,
+    /// What gives the flags again.
+    pub recipe: Option<Recipe>,
+    /// Where the flags were when a way out was taken.
+    slow_flags: FlagState,
+    slow_recipe: Option<Recipe>,
+    /// The host has BMI2.
+    bmi2: bool,
     /// The way to the interpreter for it, once one is needed.
     slow: Option<Label>,
 }
@@ -111,21 +169,37 @@ impl<'a> Emitter<'a> {
         total: u32,
         flags: FlagState,
     ) -> Self {
-        let (index, offset, in_shadow, slow) = (0, 0, false, None);
-        Self { asm, encoder, info, mode, gates, linear_bits, total, flags, index, offset, in_shadow, slow }
+        Self {
+            asm,
+            encoder,
+            info,
+            mode,
+            gates,
+            linear_bits,
+            total,
+            flags,
+            index: 0,
+            offset: 0,
+            in_shadow: false,
+            recipe: None,
+            slow_flags: flags,
+            slow_recipe: None,
+            bmi2: std::arch::is_x86_feature_detected!("bmi2"),
+            slow: None,
+        }
     }
 
     /// Begins an instruction, of which everything can be taken back.
-    pub fn begin(&mut self, index: u32, offset: u32) -> (Mark, FlagState) {
+    pub fn begin(&mut self, index: u32, offset: u32) -> (Mark, FlagState, Option<Recipe>) {
         (self.index, self.offset, self.slow) = (index, offset, None);
-        (self.asm.mark(), self.flags)
+        (self.asm.mark(), self.flags, self.recipe)
     }
 
     /// Takes back what was emitted of the instruction under way.
-    pub fn take_back(&mut self, (mark, flags): (Mark, FlagState)) {
+    pub fn take_back(&mut self, (mark, flags, recipe): (Mark, FlagState, Option<Recipe>)) {
         self.asm.rewind(mark);
         drop(self.encoder.take_buffer());
-        (self.flags, self.slow) = (flags, None);
+        (self.flags, self.recipe, self.slow) = (flags, recipe, None);
     }
 
     /// Notes in the frame where the code is being left, the instruction under way not executed.
@@ -141,6 +215,7 @@ impl<'a> Emitter<'a> {
         }
         let label = self.asm.label();
         self.slow = Some(label);
+        (self.slow_flags, self.slow_recipe) = (self.flags, self.recipe);
         Target::Here(label)
     }
 
@@ -149,6 +224,12 @@ impl<'a> Emitter<'a> {
         if let Some(label) = self.slow.take() {
             self.asm.cold(true);
             self.asm.bind(label);
+            if self.slow_flags == FlagState::Again
+                && let Some(recipe) = self.slow_recipe
+            {
+                self.again(&recipe);
+                self.save_flags();
+            }
             self.note_exit();
             if self.in_shadow {
                 self.asm.store_imm32(field(hot!(exit_in_shadow)), 1);
@@ -167,17 +248,75 @@ impl<'a> Emitter<'a> {
     /// Makes sure that the flags may be destroyed. Changes RAX.
     pub fn release_flags(&mut self) {
         match self.flags {
+            FlagState::Host if self.recipe.is_some() => self.flags = FlagState::Again,
             FlagState::Host => {
                 self.save_flags();
                 self.flags = FlagState::Saved;
             }
             FlagState::Both => self.flags = FlagState::Saved,
-            FlagState::Saved | FlagState::Dead => {}
+            FlagState::Saved | FlagState::Again | FlagState::Dead => {}
         }
+    }
+
+    /// Makes sure that the flags are saved. Changes RAX.
+    pub fn keep_flags(&mut self) {
+        if self.flags == FlagState::Again {
+            self.need_flags();
+        }
+        if self.flags == FlagState::Host {
+            self.save_flags();
+            self.flags = FlagState::Saved;
+        }
+        self.release_flags();
+    }
+
+    /// Executes a recipe. Changes nothing but flags.
+    fn again(&mut self, recipe: &Recipe) {
+        // It was made of what can be emitted.
+        let emitted = self.substituted(&recipe.insn, None, 0, false);
+        debug_assert!(emitted.is_ok());
+    }
+
+    /// Before an instruction that changes these registers and is not emitted by [`Self::same`]: the recipe, if it needs
+    /// them, is followed now.
+    pub fn settle(&mut self, changed: u16) {
+        if self.recipe.is_some_and(|r| r.registers & changed != 0) {
+            if self.flags == FlagState::Again {
+                self.need_flags();
+            }
+            self.recipe = None;
+        }
+    }
+
+    /// After an instruction that has changed these registers: if they were the recipe's, nobody wants it any more.
+    fn forget_recipe(&mut self, changed: u16) {
+        if self.recipe.is_some_and(|r| r.registers & changed != 0) {
+            self.recipe = None;
+            if self.flags == FlagState::Again {
+                self.flags = FlagState::Dead;
+            }
+        }
+    }
+
+    /// The general registers that an instruction changes, a bit each.
+    pub fn changed(&mut self, insn: &Instruction) -> u16 {
+        self.info
+            .info(insn)
+            .used_registers()
+            .iter()
+            .filter(|used| used.register().is_gpr())
+            .filter(|used| !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None))
+            .fold(0, |mask, used| mask | 1 << (used.register().full_register().number() & 15))
     }
 
     /// Makes sure that the flags are in the host's. Changes RAX where they were not.
     pub fn need_flags(&mut self) {
+        if self.flags == FlagState::Again
+            && let Some(recipe) = self.recipe
+        {
+            self.again(&recipe);
+            self.flags = FlagState::Host;
+        }
         if self.flags == FlagState::Saved {
             self.asm.op_mem(4, &[0x0f, 0xb7], RAX, FLAGS);
             self.asm.bytes(&[0x04, 0x7f, 0x9e]);
@@ -276,8 +415,13 @@ impl<'a> Emitter<'a> {
         let (again, miss) = (self.asm.label(), self.asm.label());
         self.asm.bind(again);
         self.address(address)?;
-        self.asm.op_reg(4, &[0x8b], R10, RAX);
-        self.asm.shift(4, 5, R10, 8);
+        if self.bmi2 {
+            // RORX R10D, EAX, 8.
+            self.asm.bytes(&[0xc4, 0x63, 0x7b, 0xf0, 0xd0, 8]);
+        } else {
+            self.asm.op_reg(4, &[0x8b], R10, RAX);
+            self.asm.shift(4, 5, R10, 8);
+        }
         self.asm.alu_imm(4, 4, R10, 0x3ff0);
         self.asm.op_mem(8, &[0x2b], RAX, Mem::element(R10, 0, tag));
         // CMP RAX, imm32 has a short form.
@@ -336,28 +480,42 @@ impl<'a> Emitter<'a> {
         let uses = insn.flags;
         // Flags that this instruction looks at, or must leave as they are where it changes others.
         let kept = if uses.may_write != 0 && merge.is_none() { insn.needed_after & !uses.writes } else { 0 };
-        let old = uses.reads | kept != 0;
+        let changed = self.changed(&insn.insn);
+        // What would give the flags again is about to be changed, and they are still wanted.
+        let last_chance = self.recipe.is_some_and(|r| r.registers & changed != 0)
+            && insn.needed_after & !uses.writes != 0
+            && merge.is_none();
         let merge = merge.filter(|taken| insn.needed_after & !taken & flag::ALL != 0);
         let memory = (0..insn.insn.op_count()).any(|i| insn.insn.op_kind(i) == OpKind::Memory);
         let accesses = self.access(&insn.insn).is_some();
+        let old = uses.reads | kept != 0 || last_chance && (accesses || self.flags == FlagState::Again);
         let at = if memory && (accumulator || old && accesses) { R10 } else { RAX };
-        if accesses || merge.is_some() {
+        if merge.is_some() {
+            self.keep_flags();
+        } else if accesses {
             self.release_flags();
         }
         if accesses {
             self.check_operand(&insn.insn, at)?;
         } else if memory {
             // LEA.
-            return self.load_address(&insn.insn);
+            if old {
+                self.need_flags();
+            }
+            self.load_address(&insn.insn)?;
+            self.forget_recipe(changed);
+            return Ok(());
         }
         if old {
             self.need_flags();
         }
-        self.substituted(&insn.insn, memory.then_some(at), accumulator)?;
+        self.substituted(&insn.insn, memory.then_some(at), 0, accumulator)?;
+        self.forget_recipe(changed);
         if let Some(taken) = merge {
             self.merge_flags(taken);
         } else if uses.may_write != 0 {
             self.flags = if insn.needed_after == 0 { FlagState::Dead } else { FlagState::Host };
+            self.recipe = if uses.writes == flag::ALL { Recipe::of(&insn.insn) } else { None };
         }
         Ok(())
     }
@@ -393,10 +551,17 @@ impl<'a> Emitter<'a> {
         self.asm.op_reg(4, &[0x0b], RAX, R10);
         self.asm.op_mem(2, &[0x89], RAX, FLAGS);
         self.flags = FlagState::Saved;
+        self.recipe = None;
     }
 
     /// Emits the instruction with its operands replaced. `at` holds the host address of the memory operand.
-    fn substituted(&mut self, guest: &Instruction, at: Option<u8>, accumulator: bool) -> Result<(), TooMany> {
+    pub fn substituted(
+        &mut self,
+        guest: &Instruction,
+        at: Option<u8>,
+        displacement: i32,
+        accumulator: bool,
+    ) -> Result<(), TooMany> {
         let mut insn = *guest;
         insn.set_has_lock_prefix(false);
         insn.set_has_repe_prefix(false);
@@ -419,8 +584,8 @@ impl<'a> Emitter<'a> {
                     insn.set_memory_base(if at == Some(R10) { Register::R10 } else { Register::RAX });
                     insn.set_memory_index(Register::None);
                     insn.set_memory_index_scale(1);
-                    insn.set_memory_displacement64(0);
-                    insn.set_memory_displ_size(0);
+                    insn.set_memory_displacement64(displacement as i64 as u64);
+                    insn.set_memory_displ_size(u32::from(displacement != 0));
                 }
                 _ => {}
             }

@@ -8,7 +8,7 @@
 //! Manual: Intel SDM Vol. 2 "JMP", "Jcc", "CALL", "RET"; Vol. 1 §3.3.7.1 (canonical addresses).
 
 use super::asm::{Mem, Target, cc, host};
-use super::block::{Decoded, Emission, Exit, ExitForm, Insn};
+use super::block::{Decoded, Emission, Exit, ExitForm, Insn, is_backward};
 use super::classify::Kind;
 use super::emit::{Address, FlagState, TooMany, Wants};
 use super::layout::{ATTENTION, TLB_KEY, field, hot};
@@ -23,12 +23,15 @@ impl Emission<'_, '_> {
     /// Goes to an offset from the page's start: the end of the block.
     pub fn go(&mut self, target: i64) {
         if (0..4096).contains(&target) {
+            if self.to.flags == FlagState::Again {
+                self.to.need_flags();
+            }
             let form = if self.to.flags == FlagState::Host { ExitForm::Host } else { ExitForm::Saved };
             let stub = self.to.asm.label();
             let operand = self.to.asm.jmp(Target::Here(stub));
             self.exit(operand, stub, form, target);
         } else {
-            self.to.release_flags();
+            self.to.keep_flags();
             self.far(target);
         }
     }
@@ -64,11 +67,16 @@ impl Emission<'_, '_> {
     }
 
     /// Jcc. Forward it leaves the block and the block goes on; backward it ends the block.
-    pub fn branch(&mut self, insn: &Insn, decoded: &Decoded) {
-        let condition = insn.insn.condition_code() as u8;
-        let condition = condition_number(condition);
-        let target = insn.insn.near_branch_target() as i64;
-        let ends = target <= i64::from(insn.offset);
+    pub fn branch(&mut self, insn: &Insn) {
+        let next = i64::from(insn.offset) + insn.insn.len() as i64;
+        let mut condition = condition_number(insn.insn.condition_code() as u8);
+        let mut target = insn.insn.near_branch_target() as i64;
+        let ends = is_backward(insn) && !insn.repeated;
+        if insn.repeated {
+            // What follows is the target; the branch is taken to leave.
+            condition ^= 1;
+            target = next;
+        }
         self.to.need_flags();
         let undone = self.to.total - (self.to.index + 1);
         let near = (0..4096).contains(&target);
@@ -94,7 +102,7 @@ impl Emission<'_, '_> {
             self.to.flags = flags;
         }
         if ends {
-            self.go(i64::from(decoded.end));
+            self.go(next);
         }
     }
 
@@ -159,7 +167,11 @@ impl Emission<'_, '_> {
 
     /// CALL rel32.
     pub fn call(&mut self, insn: &Insn) -> Result<(), TooMany> {
-        self.to.release_flags();
+        if (0..4096).contains(&(insn.insn.near_branch_target() as i64)) {
+            self.to.release_flags();
+        } else {
+            self.to.keep_flags();
+        }
         self.push_return(insn)?;
         self.go(insn.insn.near_branch_target() as i64);
         Ok(())
@@ -182,7 +194,7 @@ impl Emission<'_, '_> {
 
     /// CALL r/m64. A target that is not canonical faults before anything is pushed.
     pub fn call_indirect(&mut self, insn: &Insn) -> Result<(), TooMany> {
-        self.to.release_flags();
+        self.to.keep_flags();
         self.target(&insn.insn)?;
         let unused = (64 - self.to.linear_bits) as u8;
         let slow = self.to.slow();
@@ -201,7 +213,7 @@ impl Emission<'_, '_> {
 
     /// JMP r/m64.
     pub fn jump_indirect(&mut self, insn: &Insn) -> Result<(), TooMany> {
-        self.to.release_flags();
+        self.to.keep_flags();
         self.target(&insn.insn)?;
         self.to.asm.copy(RAX, R10);
         self.jump(insn, 0);
@@ -210,7 +222,7 @@ impl Emission<'_, '_> {
 
     /// RET, RET imm16.
     pub fn ret(&mut self, insn: &Insn) -> Result<(), TooMany> {
-        self.to.release_flags();
+        self.to.keep_flags();
         let drop = if insn.insn.op_count() == 1 { insn.insn.immediate(0) as i32 } else { 0 } + 8;
         self.to.check(Address::Stack(Mem::at(R11, 0)), 8, Wants::Read, false, RAX)?;
         self.to.asm.load(RAX, Mem::at(RAX, 0));

@@ -88,7 +88,7 @@ impl Emitter<'_> {
 
     /// PUSHFQ. RF and VM are clear wherever translated code runs.
     pub fn push_flags(&mut self) -> Result<(), TooMany> {
-        self.release_flags();
+        self.keep_flags();
         let flags = hot!(flags);
         self.asm.op_mem(4, &[0x0f, 0xb6], RAX, Mem::frame(flags + 1));
         self.asm.alu_imm(4, 4, RAX, (bit::ARITHMETIC & !bit::OF) as i32);
@@ -135,7 +135,7 @@ impl Emitter<'_> {
         let opcode: &[u8] = if forward { &[0x0f, 0xbc] } else { &[0x0f, 0xbd] };
         let to = insn.insn.op0_register();
         let size = to.size() as u8;
-        self.release_flags();
+        self.keep_flags();
         if insn.insn.op1_kind() == OpKind::Memory {
             self.check(Address::Operand(&insn.insn), u32::from(size), Wants::Read, false, RAX)?;
             self.asm.op_mem(size, opcode, R10, Mem::at(RAX, 0));
@@ -171,7 +171,7 @@ impl Emitter<'_> {
         let Home::Host(index) = home(insn.insn.op1_register().full_register().number() as u8) else {
             return Err(TooMany);
         };
-        self.release_flags();
+        self.keep_flags();
         self.check(Address::BitString(&insn.insn, size), size, wants, false, RAX)?;
         let (size, at) = (size as u8, Mem::at(RAX, 0));
         self.asm.op_mem(size, &[0x8b], R10, at);
@@ -210,7 +210,7 @@ impl Emitter<'_> {
         let register = insn.insn.op0_kind() == OpKind::Register;
         let size =
             if register { insn.insn.op0_register().size() } else { insn.insn.memory_size().size() } as u8;
-        self.release_flags();
+        self.keep_flags();
         if register {
             let from = self.value(insn.insn.op0_register().full_register().number() as u8, R10);
             if from != R10 {
