@@ -95,7 +95,7 @@ pub(crate) fn registers(left: &ArchState, right: &ArchState) -> Vec<Row> {
 /// Every register by name, in the same order for every state.
 fn named(state: &ArchState) -> Vec<(String, String)> {
     let hex = |value: u64| format!("{value:#x}");
-    let mut all: Vec<(String, String)> = Vec::with_capacity(160);
+    let mut all: Vec<(String, String)> = Vec::with_capacity(192);
     let mut put = |name: &str, value: String| all.push((name.to_owned(), value));
     put("rip", hex(state.rip));
     GENERAL.iter().zip(state.gprs).for_each(|(name, value)| put(name, hex(value)));
@@ -117,6 +117,8 @@ fn named(state: &ArchState) -> Vec<(String, String)> {
     put("pkru", hex(u64::from(state.pkru)));
     put("xcr0", hex(state.xcr0));
     state.fxsave.iter().enumerate().for_each(|(i, &v)| put(&fxsave_name(i), hex(v)));
+    let ymm = |i: usize| format!("ymm{} upper half, {}", i / 2, half(i));
+    state.ymm_high.iter().enumerate().for_each(|(i, &v)| put(&ymm(i), hex(v)));
     state.msrs.iter().for_each(|&(index, v)| put(&format!("MSR {index:#x}"), hex(v)));
     put("interrupt shadow", yes(state.interrupt_shadow).into());
     put("NMIs blocked", yes(state.nmi_blocked).into());
@@ -217,7 +219,7 @@ mod tests {
         let same = state();
         assert!(registers(&same, &same.clone()).is_empty());
         type Change = fn(&mut ArchState);
-        let change: [(&str, Change); 12] = [
+        let change: [(&str, Change); 13] = [
             ("rip", |s| s.rip += 1),
             ("rbx", |s| s.gprs[3] += 1),
             ("rflags", |s| s.rflags ^= 1),
@@ -228,6 +230,7 @@ mod tests {
             ("dr7", |s| s.debug[5] += 1),
             ("xmm0 high", |s| s.fxsave[21] += 1),
             ("st7/mm7 low", |s| s.fxsave[18] += 1),
+            ("ymm15 upper half, high", |s| s.ymm_high[31] += 1),
             ("halted", |s| s.halted = true),
             ("guest time (ns)", |s| s.ticks += 1),
         ];

@@ -141,6 +141,7 @@ fn reset_state() -> ArchState {
         pkru: 0,
         xcr0: 1,
         fxsave: vec![0; 64],
+        ymm_high: vec![0; 32],
         msrs: Vec::new(),
         interrupt_shadow: false,
         nmi_blocked: false,

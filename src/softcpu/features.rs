@@ -20,6 +20,8 @@ pub enum Place {
     Leaf7Ebx,
     /// Leaf 7 ECX.
     Leaf7Ecx,
+    /// Leaf 0xd EAX, second part.
+    LeafD1Eax,
     /// Leaf 0x8000_0001 ECX.
     Ext1Ecx,
     /// Leaf 0x8000_0001 EDX.
@@ -146,16 +148,30 @@ pub const V2: &[Feature] = {
     ]
 };
 
-/// What the software CPU has beyond, short of XSAVE and all that needs it. RDRAND and RDSEED stay out: a run must repeat.
+/// What x86-64-v3 adds: registers of 256 bits, and the extended state that they are part of.
+pub const V3: &[Feature] = {
+    use Place::*;
+    &[
+        at(Leaf1Ecx, 12).native(&[I::FMA]),
+        at(Leaf1Ecx, 26).cr4(18).brings(&[I::XSAVE]), // CR4.OSXSAVE
+        at(Leaf1Ecx, 28).native(&[I::AVX]),
+        at(Leaf1Ecx, 29).native(&[I::F16C]),
+        at(Leaf7Ebx, 3).native(&[I::BMI1]),
+        at(Leaf7Ebx, 5).native(&[I::AVX2]),
+        at(Leaf7Ebx, 8).native(&[I::BMI2]),
+        at(LeafD1Eax, 0).brings(&[I::XSAVEOPT]),
+        at(LeafD1Eax, 1).brings(&[I::XSAVEC]),
+        at(Ext1Ecx, 5).brings(&[I::LZCNT]),
+    ]
+};
+
+/// What the software CPU has beyond. RDRAND and RDSEED stay out: a run must repeat.
 pub const BEYOND: &[Feature] = {
     use Place::*;
     &[
-        at(Leaf7Ebx, 3).native(&[I::BMI1]),
-        at(Leaf7Ebx, 8).native(&[I::BMI2]),
         at(Leaf7Ebx, 19).native(&[I::ADX]),
         at(Leaf7Ebx, 29).native(&[I::SHA]),
         at(Leaf7Ecx, 3).cr4(22).brings(&[I::PKU]),
         at(Leaf7Ecx, 16).cr4(12), // LA57
-        at(Ext1Ecx, 5).brings(&[I::LZCNT]),
     ]
 };

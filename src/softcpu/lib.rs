@@ -7,6 +7,7 @@
 //!
 //! Read in this order: [`core`], [`engine`], [`memory`], [`tlb`], [`cache`], [`decode`], [`op`], [`exec`], [`exceptions`].
 
+pub mod avx;
 pub mod bulk;
 pub mod cache;
 pub mod control;
@@ -19,6 +20,7 @@ pub mod exceptions;
 pub mod exec;
 pub mod features;
 pub mod flags;
+pub mod gather;
 pub mod memory;
 pub mod model;
 pub mod msr;

@@ -4,13 +4,15 @@
 //! mask, CPUID for its leaves. A model is fixed data with a name, so that a run does not depend on the host; the host
 //! must only be able to execute what the model declares.
 //!
-//! `antumbra-v2` is an x86-64-v2 processor without AVX and XSAVE. It calls itself an AMD one of family 17, so that a
+//! `antumbra-v2` is an x86-64-v2 processor without AVX and XSAVE, for hosts that have no more; `antumbra-v3` adds both, and
+//! with them what the level x86-64-v3 consists of. They call themselves AMD processors of family 17, so that a
 //! stock kernel leaves page-table isolation off: with it every kernel entry would load CR3, and shadow paging would be
 //! measured against a mitigation that this CPU does not need. Later families of AMD's bring mitigations of their own,
 //! earlier ones workarounds for errata. `antumbra-max` adds all else that the software CPU has, five-level paging and
 //! protection keys among it.
 
-use crate::features::{ALWAYS, ALWAYS_CR4, BEYOND, Feature, Place, V2, X86_64};
+use crate::exec::xstate;
+use crate::features::{ALWAYS, ALWAYS_CR4, BEYOND, Feature, Place, V2, V3, X86_64};
 use iced_x86::{Code, CpuidFeature, Instruction, Mnemonic};
 
 /// What tells one model from another.
@@ -40,6 +42,16 @@ const MODELS: &[Definition] = &[
         features: &[X86_64, V2],
     },
     Definition {
+        name: "antumbra-v3",
+        vendor: AMD,
+        brand: "Antumbra software CPU v3",
+        signature: 0x0020_0f31,
+        microcode: 0x0100_0065,
+        tsc_hz: 1_000_000_000,
+        phys_bits: 46,
+        features: &[X86_64, V2, V3],
+    },
+    Definition {
         name: "antumbra-max",
         vendor: AMD,
         brand: "Antumbra software CPU max",
@@ -47,7 +59,7 @@ const MODELS: &[Definition] = &[
         microcode: 0x0100_0065,
         tsc_hz: 1_000_000_000,
         phys_bits: 46,
-        features: &[X86_64, V2, BEYOND],
+        features: &[X86_64, V2, V3, BEYOND],
     },
 ];
 
@@ -55,6 +67,8 @@ const AMD: &[u8; 12] = b"AuthenticAMD";
 /// What a guest finds in leaf 0x4000_0000, where hypervisors give their name.
 const HYPERVISOR: &[u8; 12] = b"AntumbraVMM\0";
 const LAST_LEAF: u32 = 7;
+/// The last leaf where there is extended state to enumerate.
+const XSTATE_LEAF: u32 = 0xd;
 const LAST_HYPERVISOR_LEAF: u32 = 0x4000_0000;
 /// AMD's highest here is that of the bits that spare a kernel workarounds.
 const LAST_EXTENDED_LEAF: u32 = 0x8000_0021;
@@ -177,7 +191,13 @@ impl CpuModel {
 
     /// XCR0 bits that can be set.
     pub fn xcr0_mask(&self) -> u64 {
-        1
+        let has = |feature, components| if self.brings(feature) { components } else { 0 };
+        xstate::X87 | has(CpuidFeature::XSAVE, xstate::SSE) | has(CpuidFeature::AVX, xstate::AVX)
+    }
+
+    /// Whether areas of extended state may have the compacted format.
+    pub fn has_compacted_areas(&self) -> bool {
+        self.brings(CpuidFeature::XSAVEC)
     }
 
     fn brings(&self, feature: CpuidFeature) -> bool {
@@ -221,11 +241,14 @@ impl CpuModel {
         (!self.has(insn)).then_some(code)
     }
 
-    /// CPUID: EAX, EBX, ECX, EDX, as it is with this value in CR4.
-    pub fn leaf(&self, function: u32, index: u32, cr4: u64) -> [u32; 4] {
+    /// CPUID: EAX, EBX, ECX, EDX, as it is with these values in CR4 and XCR0.
+    pub fn leaf(&self, function: u32, index: u32, cr4: u64, xcr0: u64) -> [u32; 4] {
         let [vendor_b, vendor_d, vendor_c] = words(self.definition.vendor);
         match function {
-            0 => [LAST_LEAF, vendor_b, vendor_c, vendor_d],
+            0 => {
+                let last = if self.brings(CpuidFeature::XSAVE) { XSTATE_LEAF } else { LAST_LEAF };
+                [last, vendor_b, vendor_c, vendor_d]
+            }
             1 => {
                 let osxsave = u32::from(cr4 & 1 << 18 != 0) << 27;
                 // One logical processor, CLFLUSH of 64 bytes, APIC id 0.
@@ -237,6 +260,7 @@ impl CpuModel {
                 let ospke = u32::from(cr4 & 1 << 22 != 0) << 4;
                 [0, self.bits(Place::Leaf7Ebx), self.bits(Place::Leaf7Ecx) | ospke, 0]
             }
+            XSTATE_LEAF if self.brings(CpuidFeature::XSAVE) => self.xstate_leaf(index, xcr0),
             0x4000_0000 => {
                 let [b, c, d] = words(HYPERVISOR);
                 [LAST_HYPERVISOR_LEAF, b, c, d]
@@ -258,6 +282,23 @@ impl CpuModel {
             }
             0x8000_0021 => [self.bits(Place::Ext21Eax), 0, 0, 0],
             // AMD's answer to leaves that do not exist, beyond the last one too.
+            _ => [0; 4],
+        }
+    }
+
+    /// Leaf 0xd: the components of the extended state, and the sizes of areas (SDM Vol. 1 §13.2).
+    fn xstate_leaf(&self, index: u32, xcr0: u64) -> [u32; 4] {
+        let components = self.xcr0_mask();
+        match index {
+            0 => [components as u32, xstate::area(xcr0), xstate::area(components), 0],
+            1 => {
+                let compacted = if self.has_compacted_areas() { xstate::area(xcr0) } else { 0 };
+                [self.bits(Place::LeafD1Eax), compacted, 0, 0]
+            }
+            2 if components & xstate::AVX != 0 => {
+                let (at, len) = xstate::AVX_PLACE;
+                [len, at, 0, 0]
+            }
             _ => [0; 4],
         }
     }

@@ -23,7 +23,7 @@ fn decode(bits: u32, bytes: &[u8]) -> Instruction {
 #[test]
 fn names_are_unique_and_the_first_is_the_default() {
     let names: Vec<_> = CpuModel::all().iter().map(CpuModel::name).collect();
-    assert_eq!(names, ["antumbra-v2", "antumbra-max"]);
+    assert_eq!(names, ["antumbra-v2", "antumbra-v3", "antumbra-max"]);
     assert_eq!(CpuModel::default().name(), "antumbra-v2");
     assert!(CpuModel::by_name("antumbra").is_none() && CpuModel::by_name("").is_none());
 }
@@ -50,42 +50,76 @@ fn the_default_model_says_this() {
         (0x8000_0021, [0x44, 0, 0, 0]),
     ];
     for (function, expected) in leaves {
-        assert_eq!(model.leaf(function, 0, 0), expected, "leaf {function:#x}");
+        assert_eq!(model.leaf(function, 0, 0, 1), expected, "leaf {function:#x}");
     }
     for function in (2..=5).chain(8..0x30).chain(0x8000_0009..=0x8000_0020) {
-        assert_eq!(model.leaf(function, 0, u64::MAX), [0; 4], "leaf {function:#x}");
+        assert_eq!(model.leaf(function, 0, u64::MAX, 1), [0; 4], "leaf {function:#x}");
     }
 }
 
 #[test]
-fn the_larger_model_adds_only_what_it_says() {
-    let (small, large) = (CpuModel::default(), model("antumbra-max"));
-    let same = [0, 1, 6, 0x4000_0000, 0x8000_0000, 0x8000_0005, 0x8000_0006, 0x8000_0007, 0x8000_0021];
+fn the_larger_models_add_only_what_they_say() {
+    let (v2, v3, max) = (model("antumbra-v2"), model("antumbra-v3"), model("antumbra-max"));
+    let same = [6, 0x4000_0000, 0x8000_0000, 0x8000_0005, 0x8000_0006, 0x8000_0007, 0x8000_0021];
     for function in same {
-        assert_eq!(small.leaf(function, 0, 0), large.leaf(function, 0, 0), "leaf {function:#x}");
+        assert_eq!(v2.leaf(function, 0, 0, 1), v3.leaf(function, 0, 0, 1), "leaf {function:#x}");
+        assert_eq!(v3.leaf(function, 0, 0, 1), max.leaf(function, 0, 0, 1), "leaf {function:#x}");
     }
-    assert_eq!(large.leaf(7, 0, 0), [0, 0x0090_0483 | 0x2008_0108, 4 | 1 << 3 | 1 << 16, 0]);
-    assert_eq!(large.leaf(0x8000_0001, 0, 0)[2], 0x121);
-    assert_eq!(large.leaf(0x8000_0008, 0, 0)[0], 0x392e);
-    assert_eq!(large.cr4_mask() & !small.cr4_mask(), 1 << 12 | 1 << 22);
+    // FMA, XSAVE, AVX, F16C; BMI1, AVX2, BMI2; LZCNT.
+    assert_eq!(v3.leaf(0, 0, 0, 1)[0], 0xd);
+    assert_eq!(v3.leaf(1, 0, 0, 1)[2] ^ v2.leaf(1, 0, 0, 1)[2], 1 << 12 | 1 << 26 | 1 << 28 | 1 << 29);
+    assert_eq!(v3.leaf(7, 0, 0, 1), [0, 0x0090_0483 | 0x128, 4, 0]);
+    assert_eq!(v3.leaf(0x8000_0001, 0, 0, 1)[2], 0x121);
+    assert_eq!(v3.cr4_mask() & !v2.cr4_mask(), 1 << 18);
+    assert_eq!((v2.xcr0_mask(), v3.xcr0_mask(), max.xcr0_mask()), (1, 7, 7));
+    // ADX, SHA; protection keys, five levels.
+    assert_eq!(max.leaf(1, 0, 0, 1), v3.leaf(1, 0, 0, 1));
+    assert_eq!(max.leaf(7, 0, 0, 1), [0, 0x0090_0483 | 0x2008_0128, 4 | 1 << 3 | 1 << 16, 0]);
+    assert_eq!(max.leaf(7, 0, 0, 1)[1] & 0x128, 0x128);
+    assert_eq!(max.leaf(0x8000_0008, 0, 0, 1)[0], 0x392e);
+    assert_eq!(max.cr4_mask() & !v3.cr4_mask(), 1 << 12 | 1 << 22);
+}
+
+/// SDM Vol. 1 section 13.2, and Vol. 2, CPUID.
+#[test]
+fn leaf_0xd_enumerates_the_extended_state() {
+    for name in ["antumbra-v3", "antumbra-max"] {
+        let model = model(name);
+        let leaf = |index, xcr0| model.leaf(0xd, index, 0, xcr0);
+        // What can be switched on; the size of an area with what is, and with all.
+        assert_eq!(leaf(0, 1), [7, 576, 832, 0]);
+        assert_eq!(leaf(0, 3), [7, 576, 832, 0]);
+        assert_eq!(leaf(0, 7), [7, 832, 832, 0]);
+        // XSAVEOPT and XSAVEC; neither XGETBV of XCR1 nor XSAVES.
+        assert_eq!(leaf(1, 3), [3, 576, 0, 0]);
+        assert_eq!(leaf(1, 7), [3, 832, 0, 0]);
+        // The upper halves: how long, where, in XCR0, and not aligned in the compacted format.
+        assert_eq!(leaf(2, 1), [256, 576, 0, 0]);
+        for index in (3..64).chain([u32::MAX]) {
+            assert_eq!(leaf(index, 7), [0; 4], "part {index}");
+        }
+    }
+    for index in 0..4 {
+        assert_eq!(model("antumbra-v2").leaf(0xd, index, 0, 1), [0; 4]);
+    }
 }
 
 #[test]
 fn leaves_beyond_the_last_are_empty() {
     for model in CpuModel::all() {
-        let last = [0, 0x4000_0000, 0x8000_0000].map(|base| model.leaf(base, 0, 0)[0]);
+        let last = [0, 0x4000_0000, 0x8000_0000].map(|base| model.leaf(base, 0, 0, 1)[0]);
         for function in last.iter().flat_map(|last| [last + 1, last + 0x100, last | 0xffff]) {
-            assert_eq!(model.leaf(function, 0, 0), [0; 4], "leaf {function:#x}");
+            assert_eq!(model.leaf(function, 0, 0, 1), [0; 4], "leaf {function:#x}");
         }
-        assert_eq!(model.leaf(u32::MAX, u32::MAX, u64::MAX), [0; 4]);
-        assert_eq!(model.leaf(7, 1, 0), [0; 4], "leaf 7 says that it has no further part");
+        assert_eq!(model.leaf(u32::MAX, u32::MAX, u64::MAX, 1), [0; 4]);
+        assert_eq!(model.leaf(7, 1, 0, 1), [0; 4], "leaf 7 says that it has no further part");
     }
 }
 
 #[test]
 fn leaf_1_and_its_extended_repetition_agree() {
     for model in CpuModel::all() {
-        let (first, extended) = (model.leaf(1, 0, 0), model.leaf(0x8000_0001, 0, 0));
+        let (first, extended) = (model.leaf(1, 0, 0, 1), model.leaf(0x8000_0001, 0, 0, 1));
         assert_eq!(first[0], extended[0], "the signature");
         assert_eq!(u64::from(first[0]), model.signature());
         // AMD APM Vol. 3 appendix E: SEP is not repeated, its place is SYSCALL's, nor are CLFSH, SSE and SSE2.
@@ -97,7 +131,7 @@ fn leaf_1_and_its_extended_repetition_agree() {
 #[test]
 fn brand_strings_fit_and_end() {
     for model in CpuModel::all() {
-        let words = (0x8000_0002..=0x8000_0004).flat_map(|leaf| model.leaf(leaf, 0, 0));
+        let words = (0x8000_0002..=0x8000_0004).flat_map(|leaf| model.leaf(leaf, 0, 0, 1));
         let bytes: Vec<u8> = words.flat_map(u32::to_le_bytes).collect();
         let text = std::str::from_utf8(&bytes).unwrap().trim_end_matches('\0');
         assert!(
@@ -139,7 +173,7 @@ fn cr4_takes_what_cpuid_declares() {
         // PCE belongs to RDPMC, which has no bit.
         let mut expected = 1 << 8;
         for (cr4, leaf, register, bit) in rules {
-            if model.leaf(leaf, 0, 0)[register] >> bit & 1 != 0 {
+            if model.leaf(leaf, 0, 0, 1)[register] >> bit & 1 != 0 {
                 expected |= 1 << cr4;
             }
         }
@@ -151,7 +185,7 @@ fn cr4_takes_what_cpuid_declares() {
 fn cpuid_reflects_what_the_system_enabled() {
     let model = model("antumbra-max");
     let changed = |leaf: u32, cr4: u64| {
-        let (before, after) = (model.leaf(leaf, 0, 0), model.leaf(leaf, 0, cr4));
+        let (before, after) = (model.leaf(leaf, 0, 0, 1), model.leaf(leaf, 0, cr4, 1));
         std::array::from_fn::<u32, 4, _>(|i| before[i] ^ after[i])
     };
     assert_eq!(changed(7, 1 << 22), [0, 0, 1 << 4, 0], "OSPKE");
@@ -171,10 +205,10 @@ fn no_two_features_share_a_bit() {
     }
 }
 
-/// What a guest must be able to execute, and what must be #UD, in both models or in the larger only.
+/// What a guest must be able to execute, and what must be #UD, in all models or in the larger only.
 #[test]
 fn instructions_exist_with_their_feature_only() {
-    let both: &[&[u8]] = &[
+    let all: &[&[u8]] = &[
         &[0x90],                               // NOP
         &[0x0f, 0xa2],                         // CPUID
         &[0x0f, 0x31],                         // RDTSC
@@ -206,27 +240,34 @@ fn instructions_exist_with_their_feature_only() {
         &[0x0f, 0x01, 0x30],                   // LMSW [rax]
         &[0x0f, 0x08],                         // INVD
     ];
+    let wide: &[&[u8]] = &[
+        &[0xf3, 0x0f, 0xbc, 0xc1],             // TZCNT eax, ecx
+        &[0xf3, 0x0f, 0xbd, 0xc1],             // LZCNT eax, ecx
+        &[0xc4, 0xe2, 0x78, 0xf2, 0xc1],       // ANDN eax, eax, ecx
+        &[0xc4, 0xe2, 0x7b, 0xf5, 0xc1],       // PDEP eax, eax, ecx
+        &[0xc5, 0xf8, 0x77],                   // VZEROUPPER
+        &[0xc5, 0xf9, 0xef, 0xc0],             // VPXOR xmm0, xmm0, xmm0
+        &[0xc5, 0xfd, 0xef, 0xc0],             // VPXOR ymm0, ymm0, ymm0
+        &[0xc4, 0xe2, 0x71, 0xb8, 0xc2],       // VFMADD231PS xmm0, xmm1, xmm2
+        &[0xc4, 0xe2, 0x79, 0x13, 0xc1],       // VCVTPH2PS xmm0, xmm1
+        &[0xc4, 0xe2, 0x69, 0x90, 0x04, 0x0f], // VPGATHERDD xmm0, [rdi+xmm1], xmm2
+        &[0x0f, 0xae, 0x27],                   // XSAVE [rdi]
+        &[0x0f, 0xae, 0x2f],                   // XRSTOR [rdi]
+        &[0x0f, 0xae, 0x37],                   // XSAVEOPT [rdi]
+        &[0x0f, 0xc7, 0x27],                   // XSAVEC [rdi]
+        &[0x0f, 0x01, 0xd0],                   // XGETBV
+        &[0x0f, 0x01, 0xd1],                   // XSETBV
+    ];
     let larger: &[&[u8]] = &[
-        &[0xf3, 0x0f, 0xbc, 0xc1],       // TZCNT eax, ecx
-        &[0xf3, 0x0f, 0xbd, 0xc1],       // LZCNT eax, ecx
-        &[0xc4, 0xe2, 0x78, 0xf2, 0xc1], // ANDN eax, eax, ecx
-        &[0xc4, 0xe2, 0x7b, 0xf5, 0xc1], // PDEP eax, eax, ecx
         &[0x66, 0x0f, 0x38, 0xf6, 0xc1], // ADCX eax, ecx
         &[0x0f, 0x38, 0xcc, 0xc1],       // SHA256MSG1 xmm0, xmm1
         &[0x0f, 0x01, 0xee],             // RDPKRU
         &[0x0f, 0x01, 0xef],             // WRPKRU
     ];
     let neither: &[&[u8]] = &[
-        &[0xc5, 0xf8, 0x77],                   // VZEROUPPER
-        &[0xc5, 0xf9, 0xef, 0xc0],             // VPXOR xmm0, xmm0, xmm0
-        &[0xc5, 0xfd, 0xef, 0xc0],             // VPXOR ymm0, ymm0, ymm0
         &[0x62, 0xf1, 0x7d, 0x48, 0xef, 0xc0], // VPXORD zmm0, zmm0, zmm0
-        &[0xc4, 0xe2, 0x71, 0xb8, 0xc2],       // VFMADD231PS xmm0, xmm1, xmm2
-        &[0xc4, 0xe2, 0x79, 0x13, 0xc1],       // VCVTPH2PS xmm0, xmm1
-        &[0x0f, 0xae, 0x27],                   // XSAVE [rdi]
-        &[0x0f, 0xae, 0x2f],                   // XRSTOR [rdi]
-        &[0x0f, 0x01, 0xd0],                   // XGETBV
-        &[0x0f, 0x01, 0xd1],                   // XSETBV
+        &[0xc4, 0xe2, 0x7d, 0xdc, 0xc1],       // VAESENC ymm0, ymm0, ymm1
+        &[0x0f, 0xc7, 0x2f],                   // XSAVES [rdi]
         &[0x0f, 0xc7, 0xf0],                   // RDRAND eax
         &[0x0f, 0xc7, 0xf8],                   // RDSEED eax
         &[0xf3, 0x0f, 0xc7, 0xf8],             // RDPID rax
@@ -256,29 +297,31 @@ fn instructions_exist_with_their_feature_only() {
         &[0x0f, 0xc7, 0x1f],                   // XRSTORS [rdi]
         &[0x66, 0x0f, 0x38, 0x80, 0x07],       // INVEPT rax, [rdi]
     ];
-    let (small, large) = (CpuModel::default(), model("antumbra-max"));
-    for (list, expected) in [(both, (true, true)), (larger, (false, true)), (neither, (false, false))] {
+    let models = ["antumbra-v2", "antumbra-v3", "antumbra-max"].map(model);
+    for (list, least) in [(all, 0), (wide, 1), (larger, 2), (neither, 3)] {
         for bytes in list {
             let insn = decode(64, bytes);
-            assert_eq!((small.has(&insn), large.has(&insn)), expected, "{insn} {:?}", insn.cpuid_features());
+            for (i, model) in models.iter().enumerate() {
+                let name = model.name();
+                assert_eq!(model.has(&insn), i >= least, "{insn} {:?} in {name}", insn.cpuid_features());
+            }
         }
     }
 }
 
 #[test]
-fn no_encoding_by_vex_exists_in_the_default_model() {
-    let (small, large) = (CpuModel::default(), model("antumbra-max"));
-    let mut in_large = BTreeSet::new();
+fn what_vex_encodes_exists_from_v3_on() {
+    let (v2, v3) = (model("antumbra-v2"), model("antumbra-v3"));
+    let mut count = 0;
     for code in Code::values().filter(|code| code.op_code_is_wide()) {
         let mut insn = Instruction::default();
         insn.set_code(code);
-        assert!(!small.has(&insn), "{code:?}");
-        if large.has(&insn) {
-            in_large.insert(format!("{:?}", insn.mnemonic()));
-        }
+        assert!(!v2.has(&insn), "{code:?}");
+        let found = v3.has(&insn);
+        assert!(!found || code.encoding() == EncodingKind::VEX, "{code:?}");
+        count += u32::from(found);
     }
-    let bmi = "Andn Bextr Blsi Blsmsk Blsr Bzhi Mulx Pdep Pext Rorx Sarx Shlx Shrx";
-    assert_eq!(in_large.into_iter().collect::<Vec<_>>().join(" "), bmi);
+    assert!(count > 600, "only {count}");
 }
 
 trait Wide {
@@ -294,7 +337,7 @@ impl Wide for Code {
 
 #[test]
 fn what_older_processors_ignore_is_ignored() {
-    let small = CpuModel::default();
+    let small = model("antumbra-v2");
     let cases: &[(&[u8], Code)] = &[
         (&[0xf3, 0x0f, 0xbc, 0xc1], Code::Bsf_r32_rm32),
         (&[0x66, 0xf3, 0x0f, 0xbd, 0xc1], Code::Bsr_r16_rm16),

@@ -54,6 +54,7 @@ impl Core {
             pkru: self.paging.pkru,
             xcr0: self.xcr0,
             fxsave: self.fpu.image().chunks_exact(8).map(word).collect(),
+            ymm_high: self.fpu.ymm_highs().iter().flat_map(|&v| [v as u64, (v >> 64) as u64]).collect(),
             msrs: msrs!(held).map(|(index, value)| (index, *value)).to_vec(),
             interrupt_shadow: self.attention.contains(Attention::SHADOW),
             nmi_blocked: self.nmi_blocked,
@@ -137,6 +138,9 @@ impl Core {
         }
         // An image with reserved MXCSR bits, which no CPU can have held, leaves the state as it is.
         let _refused = self.fpu.load_image(&image);
+        for (number, halves) in state.ymm_high.chunks_exact(2).take(16).enumerate() {
+            self.fpu.set_ymm_high(number, u128::from(halves[1]) << 64 | u128::from(halves[0]));
+        }
         for (index, value) in &state.msrs {
             if let Some((_, slot)) = msrs!(self.msrs).into_iter().find(|(i, _)| i == index) {
                 *slot = *value;

@@ -56,8 +56,8 @@ pub fn check_host(model: &CpuModel) -> Result<(), VcpuError> {
 }
 
 impl Core {
-    fn available(&mut self, class: Class) -> Result<(), Stop> {
-        match class.check(self.paging.cr0, self.paging.cr4) {
+    pub(crate) fn available(&mut self, class: Class) -> Result<(), Stop> {
+        match class.check(self.paging.cr0, self.paging.cr4, self.xcr0) {
             Ok(()) => Ok(()),
             Err(Unavailable::InvalidOpcode) => Err(self.ud()),
             Err(Unavailable::DeviceNotAvailable) => Err(self.nm()),
@@ -154,6 +154,9 @@ fn stub(core: &mut Core, op: &Op) -> Flow {
 
 /// Runs a stub to its end; `Stale` is left to the caller.
 fn run_stub(core: &mut Core, op: &Op, stub: &Stub) -> Result<Outcome, Stop> {
+    if stub.vex() {
+        core.protected_only()?;
+    }
     core.available(stub.class())?;
     if stub.waits() && crate::native::x87_exception_pending(&core.fpu) {
         // What is pending comes before anything of this instruction, its memory operand too.
@@ -164,7 +167,7 @@ fn run_stub(core: &mut Core, op: &Op, stub: &Stub) -> Result<Outcome, Stop> {
     if let Some(m) = memory {
         let len = u64::from(m.size);
         lin = if m.write { write_address(core, op, len)? } else { read_address(core, op, len)? };
-        if m.aligned && lin & 15 != 0 {
+        if m.aligned && lin & if m.size == 32 { 31 } else { 15 } != 0 {
             return Err(core.gp(0));
         }
         if m.write {
@@ -214,10 +217,14 @@ fn run_stub(core: &mut Core, op: &Op, stub: &Stub) -> Result<Outcome, Stop> {
 }
 
 /// MASKMOVDQU and MASKMOVQ: bytes whose mask has its top bit set go to [rDI]. `src` and `dst` are register numbers, `aux`
-/// is 1 for MMX.
+/// is 1 for MMX and 2 for VMASKMOVDQU.
 fn masked_store(core: &mut Core, op: &Op) -> Flow {
     let mmx = op.aux == 1;
-    core.available(if mmx { Class::Mmx } else { Class::Sse })?;
+    match op.aux {
+        2 => core.avx_available()?,
+        1 => core.available(Class::Mmx)?,
+        _ => core.available(Class::Sse)?,
+    }
     let (data, mask, len) = if mmx {
         if crate::native::x87_exception_pending(&core.fpu) {
             return Err(core.raise(Exception::plain(16)));
@@ -253,8 +260,15 @@ fn masked_store(core: &mut Core, op: &Op) -> Flow {
 
 /// See [`crate::exec::select`].
 pub fn select(insn: &Instruction, op: &mut Op, core: &mut Core) -> Option<Selected> {
-    if matches!(insn.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Maskmovq) {
-        op.aux = u8::from(insn.mnemonic() == Mnemonic::Maskmovq);
+    if let Some(selected) = crate::avx::select(insn, op).or_else(|| crate::gather::select(insn, op)) {
+        return Some(selected);
+    }
+    if matches!(insn.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Maskmovq | Mnemonic::Vmaskmovdqu) {
+        op.aux = match insn.mnemonic() {
+            Mnemonic::Maskmovq => 1,
+            Mnemonic::Vmaskmovdqu => 2,
+            _ => 0,
+        };
         (op.dst, op.src) = (insn.op1_register().number() as u8, insn.op2_register().number() as u8);
         op.seg = operand_segment(insn);
         op.asize = match insn.op0_kind() {

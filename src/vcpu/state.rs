@@ -112,6 +112,8 @@ pub struct ArchState {
     pub xcr0: u64,
     /// The FXSAVE image of x87, MMX and SSE state in its 64-bit form, as eight-byte words.
     pub fxsave: Vec<u64>,
+    /// The upper halves of YMM0 to YMM15, two eight-byte words each, the lower first.
+    pub ymm_high: Vec<u64>,
     /// Model-specific registers that the CPU holds: index and value, ascending.
     pub msrs: Vec<(u32, u64)>,
     /// Interrupts are held off for one instruction (STI, MOV SS).

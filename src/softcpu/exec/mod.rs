@@ -23,6 +23,7 @@ pub mod shift;
 pub mod stack;
 pub mod string;
 pub mod system;
+pub mod xstate;
 
 use crate::core::Core;
 use crate::decode::{CodeMode, gpr};
@@ -97,6 +98,7 @@ pub fn select(insn: &Instruction, op: &mut Op, mode: CodeMode, core: &mut Core) 
         .or_else(|| control_moves::select(insn, op))
         .or_else(|| selectors::select(insn, op))
         .or_else(|| system::select(insn, op, mode))
+        .or_else(|| xstate::select(insn, op))
         .or_else(|| crate::vector::select(insn, op, core))
         .unwrap_or(Selected::ending(undefined))
 }

@@ -20,7 +20,6 @@ use vcpu::{Answer, Exit};
 const CR4_TSD: u64 = 1 << 2;
 const CR4_UMIP: u64 = 1 << 11;
 const CR4_FSGSBASE: u64 = 1 << 16;
-const CR4_OSXSAVE: u64 = 1 << 18;
 
 impl Core {
     pub(super) fn privileged(&mut self) -> Result<(), Stop> {
@@ -28,7 +27,7 @@ impl Core {
     }
 
     /// Instructions that VM86 and real mode do not have.
-    pub(super) fn protected_only(&mut self) -> Result<(), Stop> {
+    pub(crate) fn protected_only(&mut self) -> Result<(), Stop> {
         if self.real_or_v86() { Err(self.ud()) } else { Ok(()) }
     }
 
@@ -146,7 +145,7 @@ fn rdpmc(core: &mut Core, _op: &Op) -> Flow {
 
 fn cpuid(core: &mut Core, _op: &Op) -> Flow {
     let (function, index) = (core.regs[0] as u32, core.regs[1] as u32);
-    let leaf = core.model.leaf(function, index, core.paging.cr4);
+    let leaf = core.model.leaf(function, index, core.paging.cr4, core.xcr0);
     let Answer::Cpuid([a, b, c, d]) = core.ask(Exit::Cpuid { function, index, leaf })? else { return Ok(()) };
     core.regs[0] = u64::from(a);
     core.regs[3] = u64::from(b);
@@ -228,31 +227,6 @@ fn clflush(core: &mut Core, op: &Op) -> Flow {
     core.check_read(lin, 1, op.seg)
 }
 
-fn xgetbv(core: &mut Core, _op: &Op) -> Flow {
-    if core.paging.cr4 & CR4_OSXSAVE == 0 {
-        return Err(core.ud());
-    }
-    if core.regs[1] as u32 != 0 {
-        return Err(core.gp(0));
-    }
-    core.regs[0] = core.xcr0 & u32::MASK;
-    core.regs[2] = core.xcr0 >> 32;
-    Ok(())
-}
-
-fn xsetbv(core: &mut Core, _op: &Op) -> Flow {
-    if core.paging.cr4 & CR4_OSXSAVE == 0 {
-        return Err(core.ud());
-    }
-    core.privileged()?;
-    let value = (core.regs[2] & u32::MASK) << 32 | core.regs[0] & u32::MASK;
-    if core.regs[1] as u32 != 0 || value & 1 == 0 || value & !core.model.xcr0_mask() != 0 {
-        return Err(core.gp(0));
-    }
-    core.xcr0 = value;
-    Ok(())
-}
-
 fn rdpkru(core: &mut Core, op: &Op) -> Flow {
     if core.paging.cr4 & CR4_PKE == 0 {
         return Err(core.ud());
@@ -325,8 +299,6 @@ pub fn select(insn: &Instruction, op: &mut Op, mode: CodeMode) -> Option<Selecte
             base_access
         }
         M::Clflush | M::Clflushopt | M::Clwb => return Some(Selected::plain(clflush)),
-        M::Xgetbv => xgetbv,
-        M::Xsetbv => xsetbv,
         M::Rdpkru => rdpkru,
         M::Wrpkru => {
             op.aux = 1;

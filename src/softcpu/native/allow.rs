@@ -8,12 +8,12 @@
 //! Manual: Intel SDM Vol. 1 chapters 5 and 8 to 12 (which instruction belongs to which extension).
 
 use iced_x86::{
-    Code, CodeSize, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
-    OpKind, Register, RflagsBits,
+    Code, CodeSize, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
+    OpAccess, OpKind, Register, RflagsBits,
 };
 
 use super::host::HostFeatures;
-use super::info::{Action, Class, Control, FxForm, Info, Memory, Unsupported, Vectors};
+use super::info::{Action, Class, Control, FxForm, Info, Length, Memory, Unsupported, Vectors};
 use super::lists::{aligned, lanes, no_wait, pointer_rule, uses_mxcsr};
 
 /// Decides on one decoded instruction.
@@ -48,6 +48,7 @@ pub fn classify(
     let used = Used::of(&bare, factory).ok_or_else(refuse)?;
     let class = class_of(instruction, &used);
     let action = action_of(instruction, class);
+    let length = length(instruction, class);
     let written = instruction.rflags_written() | instruction.rflags_cleared() | instruction.rflags_set();
     let info = Info {
         code,
@@ -63,17 +64,39 @@ pub fn classify(
         pointers: pointer_rule(code, class),
         lanes: lanes(instruction.mnemonic()),
         result: used.xmm_written.trailing_zeros().min(15) as u8,
-        source: source(instruction),
+        first: 0,
+        source: 0,
+        vex: code.encoding() == EncodingKind::VEX,
+        halves: if length == Some(Length::Ymm) { 2 } else { 1 },
         mm_written: used.mm_written,
     };
+    let info = with_operands(info, instruction);
     let Used { xmm_used, xmm_written, mm_used, mm_written, .. } = used;
-    Ok((info, Vectors { xmm_used, xmm_written, mm_used, mm_written }))
+    Ok((info, Vectors { xmm_used, xmm_written, mm_used, mm_written, avx: length }))
 }
 
-/// The XMM register that is the second operand, or 16.
-fn source(instruction: &Instruction) -> u8 {
-    let register = instruction.op1_register();
-    if register.is_xmm() { (register.number() & 15) as u8 } else { 16 }
+/// Finds the two vector registers that arithmetic is done on, 16 standing for memory.
+fn with_operands(info: Info, instruction: &Instruction) -> Info {
+    let vector = |operand: u32| {
+        let register = instruction.op_register(operand);
+        let named = instruction.op_kind(operand) == OpKind::Register && register.is_vector_register();
+        if named { (register.number() & 15) as u8 } else { 16 }
+    };
+    let names_both = info.vex && instruction.op_count() > 2 && instruction.op_kind(2) != OpKind::Immediate8;
+    match (names_both, instruction.op_count()) {
+        (true, _) => Info { first: vector(1), source: vector(2), ..info },
+        (false, 0 | 1) => Info { first: info.result, source: 16, ..info },
+        (false, _) => Info { first: info.result, source: vector(1), ..info },
+    }
+}
+
+/// The length of the vectors where AVX's registers are meant.
+fn length(instruction: &Instruction, class: Class) -> Option<Length> {
+    if !matches!(class, Class::Avx | Class::AvxFp) {
+        return None;
+    }
+    let wide = (0..instruction.op_count()).any(|operand| instruction.op_register(operand).is_ymm());
+    Some(if wide { Length::Ymm } else { Length::Xmm })
 }
 
 /// Effects that have no place in a stub, whatever feature the instruction came with.
@@ -107,11 +130,32 @@ fn wanted(instruction: &Instruction) -> bool {
     !matches!(
         instruction.mnemonic(),
         M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Sfence | M::Lfence | M::Mfence
-    ) && !matches!(
-        instruction.mnemonic(),
-        M::Maskmovq | M::Maskmovdqu
+    ) && !by_element(instruction.mnemonic())
+        && !matches!(
+            instruction.mnemonic(),
+            M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu | M::Vzeroupper | M::Vzeroall
             // Assembler names of FWAIT followed by the instruction; no decoder gives them.
             | M::Fstenv | M::Fsave | M::Fstcw | M::Fstsw | M::Finit | M::Fclex | M::Feni | M::Fdisi | M::Fsetpm
+        )
+}
+
+/// Masked moves and gathers of AVX: they choose what they access.
+fn by_element(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Vgatherdps
+            | M::Vgatherdpd
+            | M::Vgatherqps
+            | M::Vgatherqpd
+            | M::Vpgatherdd
+            | M::Vpgatherdq
+            | M::Vpgatherqd
+            | M::Vpgatherqq
     )
 }
 
@@ -171,7 +215,7 @@ impl Used {
                     used.gprs_read |= bit;
                 }
                 used.gprs_written |= if written { bit } else { 0 };
-            } else if register.is_xmm() && number < 16 {
+            } else if register.is_vector_register() && number < 16 {
                 used.xmm_used |= 1 << number;
                 used.xmm_written |= if written { 1 << number } else { 0 };
             } else if register.is_mm() {
@@ -193,6 +237,13 @@ fn class_of(instruction: &Instruction, used: &Used) -> Class {
         M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 => Class::FxState,
         M::Emms => Class::Mmx,
         M::Ldmxcsr | M::Stmxcsr => Class::Sse,
+        mnemonic if of_avx(code) => {
+            if uses_mxcsr(mnemonic) {
+                Class::AvxFp
+            } else {
+                Class::Avx
+            }
+        }
         M::Crc32 => Class::Integer,
         // With a memory operand these name no XMM register.
         M::Cvtps2pi | M::Cvttps2pi | M::Cvtpd2pi | M::Cvttpd2pi => Class::MmxSse,
@@ -211,13 +262,20 @@ fn class_of(instruction: &Instruction, used: &Used) -> Class {
     }
 }
 
+/// Whether the instruction is one of AVX and its successors; VEX encodes some on general registers too.
+fn of_avx(code: Code) -> bool {
+    use CpuidFeature as F;
+    code.encoding() == EncodingKind::VEX
+        && code.cpuid_features().iter().any(|f| matches!(f, F::AVX | F::AVX2 | F::FMA | F::F16C))
+}
+
 fn action_of(instruction: &Instruction, class: Class) -> Action {
     use Mnemonic as M;
     let all_registers = instruction.code_size() == CodeSize::Code64;
     match instruction.mnemonic() {
         M::Wait | M::Fneni | M::Fndisi | M::Fnsetpm => Action::Nothing,
-        M::Ldmxcsr => Action::LoadMxcsr,
-        M::Stmxcsr => Action::StoreMxcsr,
+        M::Ldmxcsr | M::Vldmxcsr => Action::LoadMxcsr,
+        M::Stmxcsr | M::Vstmxcsr => Action::StoreMxcsr,
         M::Fxsave => Action::FxSave(FxForm { all_registers, wide_pointers: false }),
         M::Fxsave64 => Action::FxSave(FxForm { all_registers, wide_pointers: true }),
         M::Fxrstor => Action::FxRestore(FxForm { all_registers, wide_pointers: false }),
@@ -233,8 +291,8 @@ fn action_of(instruction: &Instruction, class: Class) -> Action {
             Class::X87 => Action::CallX87,
             Class::Mmx => Action::CallMmx,
             Class::MmxSse => Action::CallMixed,
-            Class::SseFp => Action::CallFp,
-            Class::Integer | Class::Sse | Class::Wait | Class::FxState => Action::Call,
+            Class::SseFp | Class::AvxFp => Action::CallFp,
+            Class::Integer | Class::Sse | Class::Avx | Class::Wait | Class::FxState => Action::Call,
         },
     }
 }

@@ -57,6 +57,20 @@ impl Assembly {
         self.add(&instruction).map(drop)
     }
 
+    /// Puts 16 bytes of the context into the upper half of a YMM register.
+    pub fn insert_high(&mut self, register: Register, place: usize) -> Result<(), String> {
+        let code = Code::VEX_Vinsertf128_ymm_ymm_xmmm128_imm8;
+        let instruction = Instruction::with4(code, register, register, operand(place), 1).map_err(text)?;
+        self.add(&instruction).map(drop)
+    }
+
+    /// Puts the upper half of a YMM register into the context.
+    pub fn extract_high(&mut self, register: Register, place: usize) -> Result<(), String> {
+        let code = Code::VEX_Vextractf128_xmmm128_ymm_imm8;
+        let instruction = Instruction::with3(code, operand(place), register, 1).map_err(text)?;
+        self.add(&instruction).map(drop)
+    }
+
     /// Gives the host an empty x87 unit with its own control word back. FNINIT does, at 40 ns; where the guest's control
     /// word is the host's and no exception is pending, EMMS is enough, at 1 ns.
     pub fn clean_x87(&mut self) -> Result<(), String> {

@@ -2,12 +2,13 @@
 //!
 //! Where it stands in the path of one access: the interpreter puts the bytes of a memory operand into [`FpuContext::mem`]
 //! before a stub runs and takes them from there afterwards. The state image is the 64-bit FXSAVE format, so that x87
-//! stubs load and store it with one instruction each, and vector stubs address single registers in it.
+//! stubs load and store it with one instruction each, and vector stubs address single registers in it. The upper halves
+//! of the YMM registers, which that format does not have, stand behind it.
 //!
 //! Two things are kept out of the image at all times: MXCSR bits that a processor would refuse (loading them would
 //! fault on the host), and addresses of the host (an x87 instruction records where it was; `run` replaces that).
 //!
-//! Manual: Intel SDM Vol. 1 section 10.5 (FXSAVE image), 8.1.8 (x87 pointers), 10.2.3 (MXCSR).
+//! Manual: Intel SDM Vol. 1 section 10.5 (FXSAVE image), 8.1.8 (x87 pointers), 10.2.3 (MXCSR), 14.1.1 (YMM registers).
 
 use std::mem::offset_of;
 
@@ -66,11 +67,14 @@ pub struct X87Pointers {
 
 /// Guest state and scratch space of native stubs.
 ///
-/// Snapshots need [`image`](Self::image) only; everything else is rewritten for each instruction.
+/// Snapshots need [`image`](Self::image) and the [upper halves](Self::ymm_highs) only; everything else is rewritten for each
+/// instruction.
 #[repr(C, align(64))]
 #[derive(Clone)]
 pub struct FpuContext {
     image: [u8; IMAGE_BYTES],
+    /// Bits 128 to 255 of YMM0 to YMM15. The lower halves are the XMM registers in the image.
+    ymm_high: [u128; 16],
     /// The memory operand: filled by the interpreter before execution where the instruction reads memory, read by it
     /// afterwards where [`Outcome::Done`](super::Outcome::Done) says that something is to be stored.
     pub mem: [u8; IMAGE_BYTES],
@@ -94,6 +98,8 @@ pub mod layout {
     pub const XMM: usize = super::image::XMM;
     /// MXCSR in the image.
     pub const MXCSR: usize = super::image::MXCSR;
+    /// The upper halves of YMM0 to YMM15, 16 bytes each.
+    pub const YMM_HIGH: usize = offset_of!(FpuContext, ymm_high);
     /// The memory operand.
     pub const MEM: usize = offset_of!(FpuContext, mem);
     /// Guest general registers.
@@ -120,6 +126,7 @@ impl FpuContext {
     pub fn new() -> Self {
         let mut context = Self {
             image: [0; IMAGE_BYTES],
+            ymm_high: [0; 16],
             mem: [0; IMAGE_BYTES],
             gpr: [0; 16],
             rflags: 0,
@@ -195,6 +202,32 @@ impl FpuContext {
         self.put(image::XMM + 16 * (number & 15), &value.to_le_bytes());
     }
 
+    /// The upper half of a YMM register. The number is taken modulo 16.
+    #[must_use]
+    #[inline]
+    pub fn ymm_high(&self, number: usize) -> u128 {
+        self.ymm_high[number & 15]
+    }
+
+    /// Sets the upper half of a YMM register. The number is taken modulo 16.
+    #[inline]
+    pub fn set_ymm_high(&mut self, number: usize, value: u128) {
+        self.ymm_high[number & 15] = value;
+    }
+
+    /// The upper halves of all YMM registers.
+    #[must_use]
+    #[inline]
+    pub fn ymm_highs(&self) -> &[u128; 16] {
+        &self.ymm_high
+    }
+
+    /// Replaces the upper halves of all YMM registers.
+    #[inline]
+    pub fn set_ymm_highs(&mut self, values: &[u128; 16]) {
+        self.ymm_high = *values;
+    }
+
     /// The vector control and status register.
     #[must_use]
     #[inline]
@@ -262,6 +295,15 @@ impl FpuContext {
         let mut bytes = [0; 16];
         bytes.copy_from_slice(&self.mem[..16]);
         u128::from_le_bytes(bytes)
+    }
+
+    /// The first 32 bytes of the memory operand, as two integers.
+    #[must_use]
+    #[inline]
+    pub fn mem_u256(&self) -> [u128; 2] {
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&self.mem[16..32]);
+        [self.mem_u128(), u128::from_le_bytes(bytes)]
     }
 
     /// Sets the first 16 bytes of the memory operand.

@@ -12,7 +12,7 @@ use iced_x86::{Code, Instruction, OpKind, Register};
 
 use super::assembly::Assembly;
 use super::context::{image, layout};
-use super::info::{Action, Info, Unsupported, Vectors};
+use super::info::{Action, Info, Length, Unsupported, Vectors};
 
 /// Registers that a called function may destroy, without RDI, which holds the context. The first four have forms
 /// without a REX prefix, which an instruction that names AH to BH cannot have.
@@ -119,6 +119,13 @@ fn prologue(out: &mut Assembly, info: &Info, vectors: &Vectors, places: &Places)
     let exchanges = matches!(info.action, Action::CallX87 | Action::CallMixed);
     if exchanges {
         out.memory(Code::Fxrstor64_m512byte, layout::IMAGE)?;
+    } else if let Some(length) = vectors.avx {
+        for number in bits(vectors.xmm_used) {
+            out.load(Code::VEX_Vmovaps_xmm_xmmm128, xmm(number), xmm_place(number))?;
+            if length == Length::Ymm {
+                out.insert_high(ymm(number), high_place(number))?;
+            }
+        }
     } else {
         for number in bits(vectors.xmm_used) {
             out.load(Code::Movaps_xmm_xmmm128, xmm(number), xmm_place(number))?;
@@ -156,6 +163,16 @@ fn epilogue(out: &mut Assembly, info: &Info, vectors: &Vectors, places: &Places)
             out.memory(Code::Fxsave64_m512byte, layout::IMAGE)?;
             out.clean_x87()?;
         }
+        _ if vectors.avx.is_some() => {
+            for number in bits(vectors.xmm_written) {
+                out.store(Code::VEX_Vmovaps_xmmm128_xmm, xmm(number), xmm_place(number))?;
+                out.extract_high(ymm(number), high_place(number))?;
+            }
+            if vectors.avx == Some(Length::Ymm) {
+                // What is left in upper halves would slow down every SSE instruction of the host.
+                out.plain(Code::VEX_Vzeroupper)?;
+            }
+        }
         _ => {
             for number in bits(vectors.xmm_written) {
                 out.store(Code::Movaps_xmmm128_xmm, xmm(number), xmm_place(number))?;
@@ -180,12 +197,20 @@ fn xmm(number: usize) -> Register {
     Register::XMM0 + number as u32
 }
 
+fn ymm(number: usize) -> Register {
+    Register::YMM0 + number as u32
+}
+
 fn mm(number: usize) -> Register {
     Register::MM0 + number as u32
 }
 
 fn xmm_place(number: usize) -> usize {
     layout::IMAGE + image::XMM + 16 * number
+}
+
+fn high_place(number: usize) -> usize {
+    layout::YMM_HIGH + 16 * number
 }
 
 fn mm_place(number: usize) -> usize {
@@ -237,7 +262,8 @@ impl Places {
     /// The host register that stands for a guest register or a part of it.
     fn place(&self, register: Register) -> Option<Register> {
         if !register.is_gpr() {
-            return (register.is_xmm() || register.is_mm() || register.is_st()).then_some(register);
+            let vector = register.is_xmm() || register.is_ymm() || register.is_mm();
+            return (vector || register.is_st()).then_some(register);
         }
         let host = self.host[register.full_register().number() & 15]?;
         if HIGH8.contains(&register) {
@@ -288,6 +314,14 @@ fn ordinary(code: Code) -> Code {
         Code::Movntpd_m128_xmm => Code::Movapd_xmmm128_xmm,
         Code::Movntdqa_xmm_m128 => Code::Movdqa_xmm_xmmm128,
         Code::Movntq_m64_mm => Code::Movq_mmm64_mm,
+        Code::VEX_Vmovntdq_m128_xmm => Code::VEX_Vmovdqa_xmmm128_xmm,
+        Code::VEX_Vmovntdq_m256_ymm => Code::VEX_Vmovdqa_ymmm256_ymm,
+        Code::VEX_Vmovntps_m128_xmm => Code::VEX_Vmovaps_xmmm128_xmm,
+        Code::VEX_Vmovntps_m256_ymm => Code::VEX_Vmovaps_ymmm256_ymm,
+        Code::VEX_Vmovntpd_m128_xmm => Code::VEX_Vmovapd_xmmm128_xmm,
+        Code::VEX_Vmovntpd_m256_ymm => Code::VEX_Vmovapd_ymmm256_ymm,
+        Code::VEX_Vmovntdqa_xmm_m128 => Code::VEX_Vmovdqa_xmm_xmmm128,
+        Code::VEX_Vmovntdqa_ymm_m256 => Code::VEX_Vmovdqa_ymm_ymmm256,
         Code::Movnti_m32_r32 => Code::Mov_rm32_r32,
         Code::Movnti_m64_r64 => Code::Mov_rm64_r64,
         other => other,

@@ -8,7 +8,7 @@
 use iced_x86::CpuidFeature;
 
 /// Features whose instructions may become stubs, each with whether this host has it.
-const FEATURES: usize = 22;
+const FEATURES: usize = 26;
 
 /// The answer of the host, asked once.
 pub struct HostFeatures {
@@ -42,6 +42,11 @@ impl HostFeatures {
             (CpuidFeature::BMI2, has!("bmi2")),
             (CpuidFeature::ADX, has!("adx")),
             (CpuidFeature::MOVBE, has!("movbe")),
+            // These ask whether the host's system saves the registers, too.
+            (CpuidFeature::AVX, has!("avx")),
+            (CpuidFeature::AVX2, has!("avx2")),
+            (CpuidFeature::FMA, has!("fma")),
+            (CpuidFeature::F16C, has!("f16c")),
             // FWAIT and the no-operations that the 287 left behind are listed with the first processor.
             (CpuidFeature::INTEL8086, true),
         ];

@@ -11,6 +11,9 @@
 use iced_x86::Mnemonic;
 
 use super::context::FpuContext;
+use super::fused::Fused;
+use super::info::Info;
+use super::lists::legacy;
 
 /// MXCSR bits that matter here.
 const DENORMALS_ARE_ZERO: u32 = 1 << 6;
@@ -30,34 +33,74 @@ enum Operation {
 
 /// A format: bits of the significand, exponents of the largest and the least normal number.
 #[derive(Clone, Copy)]
-struct Format {
+pub struct Format {
     precision: u32,
     largest: i32,
     least: i32,
 }
 
+const HALF: Format = Format { precision: 11, largest: 15, least: -14 };
 const SINGLE: Format = Format { precision: 24, largest: 127, least: -126 };
 const DOUBLE: Format = Format { precision: 53, largest: 1023, least: -1022 };
 
+impl Format {
+    /// Whether a number with this exponent is inexact in the format, under the guest's masks; `longer` says whether it needs
+    /// more than so many bits.
+    pub fn loses(self, exponent: i32, longer: impl Fn(u32) -> bool, mxcsr: u32) -> bool {
+        if exponent > self.largest && mxcsr & OVERFLOW_MASK != 0 {
+            return true; // the masked response to overflow is inexact by definition
+        }
+        if exponent < self.least && mxcsr & UNDERFLOW_MASK != 0 {
+            let short = u32::try_from(self.least - exponent).unwrap_or(64);
+            let flushed = mxcsr & FLUSH != 0 && self.precision != HALF.precision;
+            return flushed || longer(self.precision.saturating_sub(short));
+        }
+        longer(self.precision)
+    }
+}
+
+/// An operand as the processor takes it: a denormal may count as zero. Singles were widened, which makes theirs normal.
+pub fn settled(value: f64, format: Format, mxcsr: u32) -> f64 {
+    let denormal = if format.precision == DOUBLE.precision {
+        value.is_subnormal()
+    } else {
+        value != 0.0 && value.abs() < f64::from(f32::MIN_POSITIVE)
+    };
+    if denormal && mxcsr & DENORMALS_ARE_ZERO != 0 { 0.0_f64.copysign(value) } else { value }
+}
+
+/// The operands of an instruction, 128 bits after 128 bits: the old destination, and the two that it names beside it.
+pub fn operands(context: &FpuContext, info: &Info) -> [[u128; 3]; 2] {
+    let halves = |register: u8| match usize::from(register) {
+        number @ 0..16 => [context.xmm(number), context.ymm_high(number)],
+        _ => context.mem_u256(),
+    };
+    let [result, first, source] = [info.result, info.first, info.source].map(halves);
+    [[result[0], first[0], source[0]], [result[1], first[1], source[1]]]
+}
+
 /// Whether an instruction with these operands sets the inexact flag under the guest's MXCSR; none if that is not known
 /// (dot products, whose intermediate sums are their own business).
-pub fn inexact(mnemonic: Mnemonic, destination: u128, source: u128, mxcsr: u32) -> Option<bool> {
-    let (format, lanes) = lanes(mnemonic, destination, source)?;
-    Some(lanes.iter().flatten().any(|&(operation, one, other)| {
-        let settle = |value: f64, is_denormal: bool| {
-            if is_denormal && mxcsr & DENORMALS_ARE_ZERO != 0 { 0.0_f64.copysign(value) } else { value }
+pub fn inexact(mnemonic: Mnemonic, operands: &[[u128; 3]], mxcsr: u32) -> Option<bool> {
+    if let Some(fused) = Fused::of(mnemonic) {
+        let format = if fused.single { SINGLE } else { DOUBLE };
+        return Some(operands.iter().any(|half| fused.inexact(*half, format, mxcsr)));
+    }
+    let mut any = false;
+    for &[_, first, source] in operands {
+        let (format, lanes) = lanes(legacy(mnemonic), first, source)?;
+        // What a conversion narrows is wider than what it makes.
+        let input = match mnemonic {
+            Mnemonic::Cvtsd2ss | Mnemonic::Cvtpd2ps | Mnemonic::Vcvtsd2ss | Mnemonic::Vcvtpd2ps => DOUBLE,
+            _ if format.precision == DOUBLE.precision => DOUBLE,
+            _ => SINGLE,
         };
-        let narrow = matches!(operation, Operation::Narrow) || format.precision == DOUBLE.precision;
-        let denormal = |value: f64| {
-            // Singles were widened, which makes their denormals normal.
-            if narrow {
-                value.is_subnormal()
-            } else {
-                value != 0.0 && value.abs() < f64::from(f32::MIN_POSITIVE)
-            }
-        };
-        lane_inexact(operation, settle(one, denormal(one)), settle(other, denormal(other)), format, mxcsr)
-    }))
+        any |= lanes.iter().flatten().any(|&(operation, one, other)| {
+            let (one, other) = (settled(one, input, mxcsr), settled(other, input, mxcsr));
+            lane_inexact(operation, one, other, format, mxcsr)
+        });
+    }
+    Some(any)
 }
 
 type Lane = (Operation, f64, f64);
@@ -75,6 +118,12 @@ fn lanes(mnemonic: Mnemonic, destination: u128, source: u128) -> Option<(Format,
         M::Cvtpd2ps => {
             found[0] = Some((Narrow, double(s, 0), 0.0));
             found[1] = Some((Narrow, double(s, 1), 0.0));
+        }
+        M::Vcvtps2ph => {
+            format = HALF;
+            for lane in 0..4 {
+                found[lane as usize] = Some((Narrow, single(s, lane), 0.0));
+            }
         }
         M::Haddps | M::Hsubps => {
             let operation = if mnemonic == M::Haddps { Add } else { Subtract };
@@ -136,15 +185,7 @@ fn lane_inexact(operation: Operation, one: f64, other: f64, format: Format, mxcs
     }
     let exponent = i32::from(u16::from_le_bytes([bytes[8], bytes[9]]) & 0x7FFF) - 16383;
     let below = |bits: u32| if bits >= 64 { significand } else { significand & ((1 << bits) - 1) };
-    let rounded = lost || below(64 - format.precision) != 0;
-    if exponent > format.largest && mxcsr & OVERFLOW_MASK != 0 {
-        return true; // the masked response to overflow is inexact by definition
-    }
-    if exponent < format.least && mxcsr & UNDERFLOW_MASK != 0 {
-        let short = u32::try_from(format.least - exponent).unwrap_or(64);
-        return mxcsr & FLUSH != 0 || lost || below(64 - format.precision + short.min(64)) != 0;
-    }
-    rounded
+    format.loses(exponent, |bits| lost || below(64 - bits) != 0, mxcsr)
 }
 
 /// Computes in 80-bit registers with 64 bits of precision; says whether bits were lost even so.
@@ -182,9 +223,4 @@ fn extended(operation: Operation, one: f64, other: f64) -> ([u8; 10], bool) {
         Operation::Narrow => compute!("/* {other} */"),
     }
     (result, status & 0x20 != 0)
-}
-
-/// The source operand of a vector instruction: the register, or the memory buffer.
-pub fn source(context: &FpuContext, register: u8) -> u128 {
-    if register < 16 { context.xmm(usize::from(register)) } else { context.mem_u128() }
 }

@@ -3,7 +3,7 @@
 //! Where it stands in the path of one access: `allow` fills these in when an instruction is decoded; the interpreter and
 //! `run` read them when it executes.
 //!
-//! Manual: Intel SDM Vol. 3 tables 12-1 and 13-1 (CR0.EM, CR0.TS, CR4.OSFXSR by group).
+//! Manual: Intel SDM Vol. 3 tables 12-1 and 13-1 (CR0.EM, CR0.TS, CR4.OSFXSR by group); Vol. 2 section 2.4 (VEX).
 
 use iced_x86::{Code, CpuidFeature};
 use thiserror::Error;
@@ -56,6 +56,10 @@ pub enum Class {
     SseFp,
     /// FXSAVE and FXRSTOR.
     FxState,
+    /// Encoded by VEX, with XMM or YMM registers; no floating-point exception is possible.
+    Avx,
+    /// The same where vector floating-point exceptions are possible.
+    AvxFp,
 }
 
 /// The exception that takes the place of an instruction whose unit is switched off.
@@ -68,12 +72,12 @@ pub enum Unavailable {
 }
 
 impl Class {
-    /// Looks at CR0.MP, CR0.EM, CR0.TS and CR4.OSFXSR.
+    /// Looks at CR0.MP, CR0.EM, CR0.TS and CR4.OSFXSR; for what VEX encodes, at CR4.OSXSAVE and XCR0 instead of EM and OSFXSR.
     ///
     /// # Errors
     /// The exception that the guest gets instead of the instruction.
     #[inline]
-    pub fn check(self, cr0: u64, cr4: u64) -> Result<(), Unavailable> {
+    pub fn check(self, cr0: u64, cr4: u64, xcr0: u64) -> Result<(), Unavailable> {
         let (mp, em, ts) = (cr0 & 2 != 0, cr0 & 4 != 0, cr0 & 8 != 0);
         let osfxsr = cr4 & (1 << 9) != 0;
         let (invalid, not_available) = match self {
@@ -82,6 +86,7 @@ impl Class {
             Self::Wait => (false, mp && ts),
             Self::Mmx => (em, ts),
             Self::MmxSse | Self::Sse | Self::SseFp => (em || !osfxsr, ts),
+            Self::Avx | Self::AvxFp => (cr4 & (1 << 18) == 0 || xcr0 & 6 != 6, ts),
         };
         match (invalid, not_available) {
             (true, _) => Err(Unavailable::InvalidOpcode),
@@ -100,7 +105,7 @@ pub struct Memory {
     pub read: bool,
     /// Whether the instruction may store. What is stored in the end, [`Outcome::Done`](super::Outcome::Done) says.
     pub write: bool,
-    /// Whether an address that is not a multiple of 16 raises #GP(0).
+    /// Whether an address that is not a multiple of 16, for an operand of 32 bytes one of 32, raises #GP(0).
     pub aligned: bool,
 }
 
@@ -203,6 +208,8 @@ pub enum Lanes {
     Double,
     /// Two times 64 bits.
     Doubles,
+    /// Numbers of 16 bits, as many as there are.
+    Halves,
 }
 
 /// All that is known of a stub besides its code, when it executes.
@@ -221,8 +228,15 @@ pub struct Info {
     pub lanes: Lanes,
     /// The XMM register that is written, where `lanes` are looked for.
     pub result: u8,
-    /// The XMM register that is the second operand; 16 for memory.
+    /// Vector registers of the operands whose sum, product or the like it is; 16 for memory. Where the destination is an operand
+    /// too, the first of them is `result`.
+    pub first: u8,
+    /// The other.
     pub source: u8,
+    /// Encoded by VEX: does not exist in real and virtual-8086 mode.
+    pub vex: bool,
+    /// How many times 128 bits the vectors have.
+    pub halves: u8,
     /// MMX registers that are written.
     pub mm_written: u8,
 }
@@ -234,4 +248,15 @@ pub struct Vectors {
     pub xmm_written: u16,
     pub mm_used: u8,
     pub mm_written: u8,
+    /// The registers are those of AVX, and these bits of them count.
+    pub avx: Option<Length>,
+}
+
+/// The vector length of an instruction that VEX encodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Length {
+    /// XMM registers: the upper halves are not read, and that of what is written becomes zero.
+    Xmm,
+    /// YMM registers.
+    Ymm,
 }

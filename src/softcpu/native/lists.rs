@@ -8,10 +8,11 @@
 
 use iced_x86::{Code, Mnemonic};
 
+use super::fused::Fused;
 use super::info::{Class, EnvForm, Lanes, PointerRule};
 
 /// Legacy vector instructions want their 16-byte operands aligned, but for moves that say otherwise in their name and
-/// string compares.
+/// string compares. Those that VEX encodes do not, but for moves that say so in theirs.
 pub fn aligned(mnemonic: Mnemonic, class: Class, size: u16) -> bool {
     use Mnemonic as M;
     let unaligned = matches!(
@@ -30,6 +31,10 @@ pub fn aligned(mnemonic: Mnemonic, class: Class, size: u16) -> bool {
     match class {
         Class::FxState => true,
         Class::Sse | Class::SseFp | Class::MmxSse => size == 16 && !unaligned,
+        Class::Avx | Class::AvxFp => matches!(
+            mnemonic,
+            M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+        ),
         Class::Integer | Class::X87 | Class::Wait | Class::Mmx => false,
     }
 }
@@ -39,8 +44,9 @@ pub fn aligned(mnemonic: Mnemonic, class: Class, size: u16) -> bool {
 pub fn uses_mxcsr(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
     lanes(mnemonic) != Lanes::None
+        || mnemonic == M::Vcvtph2ps
         || matches!(
-            mnemonic,
+            legacy(mnemonic),
             M::Sqrtps
                 | M::Sqrtpd
                 | M::Sqrtss
@@ -83,10 +89,90 @@ pub fn uses_mxcsr(mnemonic: Mnemonic) -> bool {
         )
 }
 
+/// The arithmetic that an instruction encoded by VEX shares with one of SSE, by the latter's name; any other by its own.
+pub fn legacy(mnemonic: Mnemonic) -> Mnemonic {
+    use Mnemonic as M;
+    match mnemonic {
+        M::Vaddps => M::Addps,
+        M::Vaddpd => M::Addpd,
+        M::Vaddss => M::Addss,
+        M::Vaddsd => M::Addsd,
+        M::Vsubps => M::Subps,
+        M::Vsubpd => M::Subpd,
+        M::Vsubss => M::Subss,
+        M::Vsubsd => M::Subsd,
+        M::Vmulps => M::Mulps,
+        M::Vmulpd => M::Mulpd,
+        M::Vmulss => M::Mulss,
+        M::Vmulsd => M::Mulsd,
+        M::Vdivps => M::Divps,
+        M::Vdivpd => M::Divpd,
+        M::Vdivss => M::Divss,
+        M::Vdivsd => M::Divsd,
+        M::Vsqrtps => M::Sqrtps,
+        M::Vsqrtpd => M::Sqrtpd,
+        M::Vsqrtss => M::Sqrtss,
+        M::Vsqrtsd => M::Sqrtsd,
+        M::Vminps => M::Minps,
+        M::Vminpd => M::Minpd,
+        M::Vminss => M::Minss,
+        M::Vminsd => M::Minsd,
+        M::Vmaxps => M::Maxps,
+        M::Vmaxpd => M::Maxpd,
+        M::Vmaxss => M::Maxss,
+        M::Vmaxsd => M::Maxsd,
+        M::Vcmpps => M::Cmpps,
+        M::Vcmppd => M::Cmppd,
+        M::Vcmpss => M::Cmpss,
+        M::Vcmpsd => M::Cmpsd,
+        M::Vcomiss => M::Comiss,
+        M::Vcomisd => M::Comisd,
+        M::Vucomiss => M::Ucomiss,
+        M::Vucomisd => M::Ucomisd,
+        M::Vroundps => M::Roundps,
+        M::Vroundpd => M::Roundpd,
+        M::Vroundss => M::Roundss,
+        M::Vroundsd => M::Roundsd,
+        M::Vaddsubps => M::Addsubps,
+        M::Vaddsubpd => M::Addsubpd,
+        M::Vhaddps => M::Haddps,
+        M::Vhaddpd => M::Haddpd,
+        M::Vhsubps => M::Hsubps,
+        M::Vhsubpd => M::Hsubpd,
+        M::Vdpps => M::Dpps,
+        M::Vdppd => M::Dppd,
+        M::Vcvtsi2ss => M::Cvtsi2ss,
+        M::Vcvtsi2sd => M::Cvtsi2sd,
+        M::Vcvtss2si => M::Cvtss2si,
+        M::Vcvtsd2si => M::Cvtsd2si,
+        M::Vcvttss2si => M::Cvttss2si,
+        M::Vcvttsd2si => M::Cvttsd2si,
+        M::Vcvtss2sd => M::Cvtss2sd,
+        M::Vcvtsd2ss => M::Cvtsd2ss,
+        M::Vcvtps2pd => M::Cvtps2pd,
+        M::Vcvtpd2ps => M::Cvtpd2ps,
+        M::Vcvtdq2ps => M::Cvtdq2ps,
+        M::Vcvtps2dq => M::Cvtps2dq,
+        M::Vcvttps2dq => M::Cvttps2dq,
+        M::Vcvtpd2dq => M::Cvtpd2dq,
+        M::Vcvttpd2dq => M::Cvttpd2dq,
+        other => other,
+    }
+}
+
 /// Where a tiny result can be.
 pub fn lanes(mnemonic: Mnemonic) -> Lanes {
     use Mnemonic as M;
-    match mnemonic {
+    if let Some(fused) = Fused::of(mnemonic) {
+        return match (fused.single, fused.scalar) {
+            (true, true) => Lanes::Single,
+            (true, false) => Lanes::Singles,
+            (false, true) => Lanes::Double,
+            (false, false) => Lanes::Doubles,
+        };
+    }
+    match legacy(mnemonic) {
+        M::Vcvtps2ph => Lanes::Halves,
         M::Addss | M::Subss | M::Mulss | M::Divss | M::Cvtsd2ss => Lanes::Single,
         M::Addsd | M::Subsd | M::Mulsd | M::Divsd => Lanes::Double,
         M::Addps | M::Subps | M::Mulps | M::Divps => Lanes::Singles,

@@ -38,6 +38,7 @@ mod assembly;
 mod context;
 mod encode;
 pub mod fast;
+mod fused;
 mod host;
 mod inexact;
 mod info;
@@ -53,7 +54,7 @@ pub use context::{FpuContext, InvalidMxcsr, MXCSR_MASK, X87Pointers, layout, x87
 pub use host::missing_host_features;
 pub use info::{Class, Memory, Unavailable, Unsupported};
 pub use run::Outcome;
-pub use state::enter_mmx;
+pub use state::{enter_mmx, restored_image, saved_image};
 
 use hashbrown::HashMap;
 use iced_x86::{CpuidFeature, Instruction, InstructionInfoFactory};
@@ -121,6 +122,13 @@ impl Stub {
     #[inline]
     pub fn waits(&self) -> bool {
         self.info.waits
+    }
+
+    /// Whether VEX encodes it, which real and virtual-8086 mode do not have.
+    #[must_use]
+    #[inline]
+    pub fn vex(&self) -> bool {
+        self.info.vex
     }
 
     /// The CPUID features of which the guest must have every one; #UD otherwise.

@@ -10,7 +10,7 @@
 //! Manual: Intel SDM Vol. 1 sections 8.7 (x87 exceptions), 11.5.2 and 11.5.3 (vector exceptions), 9.5 (MMX and the x87 tags).
 
 use super::context::{FpuContext, X87Pointers, image, x87_exception_pending};
-use super::inexact::{inexact, source};
+use super::inexact::{inexact, operands};
 use super::info::{Action, Info, Lanes, Memory, PointerRule};
 use super::{Stub, Stubs, state};
 
@@ -104,7 +104,9 @@ impl Stubs {
         if unmasked & UNDERFLOW != 0 {
             context.mxcsr_run &= !MXCSR_FLUSH; // flushing is the masked response
         }
-        let saved = (unmasked != 0).then(|| *context.image());
+        let info = &stub.info;
+        let result = usize::from(info.result);
+        let saved = (unmasked != 0).then(|| (*context.image(), context.ymm_high(result)));
         let pointers = context.pointers();
         let outcome = self.call(stub, context);
         let Outcome::Done { .. } = outcome else { return outcome };
@@ -112,7 +114,7 @@ impl Stubs {
         if stub.info.action == Action::CallMixed {
             context.settle_after_x87(pointers);
         }
-        if unmasked & UNDERFLOW != 0 && tiny(context.xmm(usize::from(stub.info.result)), stub.info.lanes) {
+        if unmasked & UNDERFLOW != 0 && tiny(context, info) {
             raised |= UNDERFLOW;
         }
         if raised & unmasked == 0 {
@@ -120,11 +122,12 @@ impl Stubs {
             return outcome;
         }
         if let Some(saved) = saved {
-            context.restore_image(&saved);
+            context.restore_image(&saved.0);
+            context.set_ymm_high(result, saved.1);
             if raised & unmasked & BEFORE_COMPUTING == 0 && raised & unmasked & (OVERFLOW | UNDERFLOW) != 0 {
-                let (old, source) =
-                    (context.xmm(usize::from(stub.info.result)), source(context, stub.info.source));
-                match inexact(stub.info.code.mnemonic(), old, source, guest) {
+                let operands = operands(context, info);
+                let halves = usize::from(info.halves).min(2);
+                match inexact(info.code.mnemonic(), &operands[..halves], guest) {
                     Some(true) => raised |= INEXACT,
                     Some(false) => raised &= !INEXACT,
                     None => {}
@@ -222,20 +225,33 @@ fn each(mask: u16, mut visit: impl FnMut(usize)) {
 
 /// Whether a result is denormal. With underflow masked, the processor flags only those that are inexact too; unmasked,
 /// every tiny result counts.
-fn tiny(result: u128, lanes: Lanes) -> bool {
-    let single = |shift: u32| {
-        let bits = (result >> shift) as u32 & 0x7FFF_FFFF;
+fn tiny(context: &FpuContext, info: &Info) -> bool {
+    let single = |bits: u128, lane: u32| {
+        let bits = (bits >> (32 * lane)) as u32 & 0x7FFF_FFFF;
         bits != 0 && bits < 0x0080_0000
     };
-    let double = |shift: u32| {
-        let bits = (result >> shift) as u64 & 0x7FFF_FFFF_FFFF_FFFF;
+    let double = |bits: u128, lane: u32| {
+        let bits = (bits >> (64 * lane)) as u64 & 0x7FFF_FFFF_FFFF_FFFF;
         bits != 0 && bits < 0x0010_0000_0000_0000
     };
-    match lanes {
+    let number = usize::from(info.result);
+    let result = [context.xmm(number), context.ymm_high(number)];
+    let mut halves = result.into_iter().take(usize::from(info.halves));
+    match info.lanes {
         Lanes::None => false,
-        Lanes::Single => single(0),
-        Lanes::Singles => [0, 32, 64, 96].into_iter().any(single),
-        Lanes::Double => double(0),
-        Lanes::Doubles => double(0) || double(64),
+        Lanes::Single => single(result[0], 0),
+        Lanes::Double => double(result[0], 0),
+        Lanes::Singles => halves.any(|half| (0..4).any(|lane| single(half, lane))),
+        Lanes::Doubles => halves.any(|half| (0..2).any(|lane| double(half, lane))),
+        Lanes::Halves => {
+            // These go to memory or to a register, whose rest is zero.
+            let stored = info.memory.map(|memory| usize::from(memory.size).min(16));
+            let register = result[0].to_le_bytes();
+            let bytes = stored.map_or(&register[..], |size| &context.mem[..size]);
+            bytes.chunks_exact(2).any(|half| {
+                let bits = u16::from_le_bytes([half[0], half[1]]) & 0x7FFF;
+                bits != 0 && bits < 0x0400
+            })
+        }
     }
 }

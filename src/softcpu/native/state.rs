@@ -14,14 +14,41 @@ use super::info::{Control, EnvForm, FxForm};
 /// Bytes that FXSAVE stores outside 64-bit mode: XMM8 and above keep what memory held.
 const LEGACY_END: u16 = 288;
 
+/// The image as FXSAVE and XSAVE store it, with pointers of 64 bits or not.
+#[must_use]
+pub fn saved_image(context: &FpuContext, wide_pointers: bool) -> [u8; IMAGE_BYTES] {
+    let mut out = *context.image();
+    if !wide_pointers {
+        narrow_pointers(&mut out);
+    }
+    out
+}
+
+/// Replaces the image by one that FXRSTOR or XRSTOR has read, with pointers of 64 bits or not.
+///
+/// # Errors
+/// Reserved MXCSR bits are set; nothing is changed.
+pub fn restored_image(
+    context: &mut FpuContext,
+    new: &[u8; IMAGE_BYTES],
+    wide_pointers: bool,
+) -> Result<(), InvalidMxcsr> {
+    let mut new = *new;
+    if !wide_pointers {
+        narrow_pointers(&mut new);
+    }
+    context.load_image(&new)
+}
+
+/// The upper halves of the pointers are selectors in the narrow form, and those are always zero here.
+fn narrow_pointers(bytes: &mut [u8; IMAGE_BYTES]) {
+    bytes[image::FIP + 4..image::FIP + 8].fill(0);
+    bytes[image::FDP + 4..image::FDP + 8].fill(0);
+}
+
 /// FXSAVE into the memory buffer; returns how many bytes are stored. The rest of the 512 belongs to software.
 pub fn fx_save(context: &mut FpuContext, form: FxForm) -> u16 {
-    let mut out = *context.image();
-    if !form.wide_pointers {
-        // The upper halves hold selectors in this form, and those are always zero here.
-        out[image::FIP + 4..image::FIP + 8].fill(0);
-        out[image::FDP + 4..image::FDP + 8].fill(0);
-    }
+    let out = saved_image(context, form.wide_pointers);
     let end = if form.all_registers { image::END as u16 } else { LEGACY_END };
     context.mem[..usize::from(end)].copy_from_slice(&out[..usize::from(end)]);
     end
@@ -30,15 +57,11 @@ pub fn fx_save(context: &mut FpuContext, form: FxForm) -> u16 {
 /// FXRSTOR from the memory buffer.
 pub fn fx_restore(context: &mut FpuContext, form: FxForm) -> Result<(), InvalidMxcsr> {
     let mut new: [u8; IMAGE_BYTES] = context.mem;
-    if !form.wide_pointers {
-        new[image::FIP + 4..image::FIP + 8].fill(0);
-        new[image::FDP + 4..image::FDP + 8].fill(0);
-    }
     if !form.all_registers {
         let kept = usize::from(LEGACY_END)..image::END;
         new[kept.clone()].copy_from_slice(&context.image()[kept]);
     }
-    context.load_image(&new)
+    restored_image(context, &new, form.wide_pointers)
 }
 
 /// The pointers in an environment image in memory, as FLDENV and FRSTOR read them.

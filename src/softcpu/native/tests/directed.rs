@@ -131,24 +131,32 @@ fn units_that_are_off_raise_what_the_manual_says() {
     for class in
         [Class::X87, Class::Mmx, Class::MmxSse, Class::Sse, Class::SseFp, Class::Wait, Class::FxState]
     {
-        assert_eq!(class.check(0, OSFXSR), Ok(()));
+        assert_eq!(class.check(0, OSFXSR, 1), Ok(()));
     }
     for class in [Class::X87, Class::FxState] {
-        assert_eq!(class.check(EM, OSFXSR), absent);
-        assert_eq!(class.check(TS, OSFXSR), absent);
-        assert_eq!(class.check(MP, 0), Ok(()));
+        assert_eq!(class.check(EM, OSFXSR, 1), absent);
+        assert_eq!(class.check(TS, OSFXSR, 1), absent);
+        assert_eq!(class.check(MP, 0, 1), Ok(()));
     }
-    assert_eq!(Class::Wait.check(TS, 0), Ok(()));
-    assert_eq!(Class::Wait.check(EM, 0), Ok(()));
-    assert_eq!(Class::Wait.check(TS | MP, 0), absent);
-    assert_eq!(Class::Mmx.check(EM | TS, 0), invalid);
-    assert_eq!(Class::Mmx.check(TS, 0), absent);
+    assert_eq!(Class::Wait.check(TS, 0, 1), Ok(()));
+    assert_eq!(Class::Wait.check(EM, 0, 1), Ok(()));
+    assert_eq!(Class::Wait.check(TS | MP, 0, 1), absent);
+    assert_eq!(Class::Mmx.check(EM | TS, 0, 1), invalid);
+    assert_eq!(Class::Mmx.check(TS, 0, 1), absent);
     for class in [Class::MmxSse, Class::Sse, Class::SseFp] {
-        assert_eq!(class.check(EM, OSFXSR), invalid);
-        assert_eq!(class.check(TS, 0), invalid);
-        assert_eq!(class.check(TS, OSFXSR), absent);
+        assert_eq!(class.check(EM, OSFXSR, 1), invalid);
+        assert_eq!(class.check(TS, 0, 1), invalid);
+        assert_eq!(class.check(TS, OSFXSR, 1), absent);
     }
-    assert_eq!(Class::Integer.check(EM | TS, 0), Ok(()));
+    assert_eq!(Class::Integer.check(EM | TS, 0, 1), Ok(()));
+    const OSXSAVE: u64 = 1 << 18;
+    for class in [Class::Avx, Class::AvxFp] {
+        assert_eq!(class.check(EM, OSXSAVE, 7), Ok(()), "neither EM nor OSFXSR counts");
+        for (cr4, xcr0) in [(0, 7), (OSFXSR, 7), (OSXSAVE, 1), (OSXSAVE, 3)] {
+            assert_eq!(class.check(TS, cr4, xcr0), invalid);
+        }
+        assert_eq!(class.check(TS, OSXSAVE, 7), absent);
+    }
 }
 
 #[test]
