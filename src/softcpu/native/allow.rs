@@ -95,7 +95,8 @@ fn length(instruction: &Instruction, class: Class) -> Option<Length> {
     if !matches!(class, Class::Avx | Class::AvxFp) {
         return None;
     }
-    let wide = (0..instruction.op_count()).any(|operand| instruction.op_register(operand).is_ymm());
+    // Not all that reads 256 bits names a YMM register.
+    let wide = instruction.code().op_code().l() == 1;
     Some(if wide { Length::Ymm } else { Length::Xmm })
 }
 

@@ -13,6 +13,7 @@ use crate::native::{Class, FpuContext, Outcome, Stub, Stubs, x87_exception_pendi
 #[derive(Debug, PartialEq, Eq)]
 struct Effect {
     image: Vec<u8>,
+    ymm_high: [u128; 16],
     gprs: [u64; 16],
     flags: u64,
     stored: Vec<u8>,
@@ -57,8 +58,9 @@ pub fn check(
     stub: &Stub,
     random: &mut Random,
 ) -> Option<Outcome> {
+    use Mnemonic as M;
     let before = random.context();
-    if matches!(instruction.code(), Code::Fxrstor_m512byte | Code::Fxrstor64_m512byte | Code::Ldmxcsr_m32) {
+    if matches!(instruction.mnemonic(), M::Fxrstor | M::Fxrstor64 | M::Ldmxcsr | M::Vldmxcsr) {
         return None; // the processor would fault on reserved bits: tested on their own
     }
     let gprs = random.gprs();
@@ -75,13 +77,13 @@ pub fn check(
         _ => before.mem[..size].to_vec(),
     };
     let mut seen = seen;
-    if outcome == Outcome::SimdException && matches!(instruction.mnemonic(), Mnemonic::Dpps | Mnemonic::Dppd)
-    {
+    if outcome == Outcome::SimdException && is_dot_product(instruction) {
         // After a product that traps, the processor does not add: flags of the sum are missing there.
         seen.image[24] = context.image()[24];
     }
     let mine = Effect {
         image: without_pointers(context.image()),
+        ymm_high: *context.ymm_highs(),
         gprs: gprs_after,
         flags: rflags_after & written,
         stored: without_environment_pointers(instruction.code(), &stored),
@@ -98,6 +100,7 @@ pub fn check(
     let trap = if pending { Outcome::X87Pending } else { Outcome::SimdException };
     let theirs = Effect {
         image: without_pointers(&seen.image),
+        ymm_high: if is_x86_feature_detected!("avx") { seen.ymm_high } else { *before.ymm_highs() },
         gprs: seen.gprs,
         flags: seen.rflags & written,
         stored: without_environment_pointers(instruction.code(), &seen.mem[..stored.len()]),
@@ -111,8 +114,14 @@ pub fn check(
     context.mem[size..].iter_mut().for_each(|byte| *byte = !*byte);
     assert_eq!(stubs.execute(stub, &mut context, &mut again, &mut rflags.clone()), outcome);
     assert_eq!(without_pointers(context.image()), mine.image, "{:?} reads more", instruction.code());
+    assert_eq!(context.ymm_highs(), &mine.ymm_high, "{:?} reads more", instruction.code());
     assert_eq!(again, gprs_after, "{:?} reads more", instruction.code());
     Some(outcome)
+}
+
+fn is_dot_product(instruction: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(instruction.mnemonic(), M::Dpps | M::Dppd | M::Vdpps | M::Vdppd)
 }
 
 fn keep_done(outcome: Outcome) -> Outcome {
@@ -160,6 +169,14 @@ fn report(instruction: &Instruction, before: &FpuContext, mine: &Effect, theirs:
             text += &format!(
                 "  image[{place}]: stub {one:#04x}, processor {other:#04x}, before {:#04x}\n",
                 before.image()[place]
+            );
+        }
+    }
+    for (number, (one, other)) in mine.ymm_high.iter().zip(&theirs.ymm_high).enumerate() {
+        if one != other {
+            let before = before.ymm_high(number);
+            text += &format!(
+                "  upper half {number}: stub {one:#034x}, processor {other:#034x}, before {before:#034x}\n"
             );
         }
     }

@@ -41,6 +41,7 @@ impl Pair {
         let stub = self.other.get(&instruction).unwrap();
         assert_eq!(self.other.execute(&stub, &mut again, &mut gprs_again, &mut rflags_again), outcome);
         assert_eq!(again.image(), context.image(), "{:?}", instruction.code());
+        assert_eq!(again.ymm_highs(), context.ymm_highs(), "{:?}", instruction.code());
         assert_eq!(again.mem, context.mem, "{:?}", instruction.code());
         assert_eq!((gprs_again, rflags_again), (gprs, rflags), "{:?}", instruction.code());
         true
@@ -161,7 +162,12 @@ fn what_has_no_place_in_a_stub_is_refused() {
         &[0x0F, 0x77 ^ 1],                     // VMREAD
         &[0x0F, 0xF7, 0xC1],                   // MASKMOVQ
         &[0x66, 0x0F, 0xF7, 0xC1],             // MASKMOVDQU
-        &[0xC5, 0xF9, 0xEF, 0xC1],             // VPXOR
+        &[0xC5, 0xF8, 0x77],                   // VZEROUPPER
+        &[0xC5, 0xF9, 0xF7, 0xC1],             // VMASKMOVDQU
+        &[0xC4, 0xE2, 0x75, 0x2C, 0x07],       // VMASKMOVPS
+        &[0xC4, 0xE2, 0x75, 0x8E, 0x07],       // VPMASKMOVD
+        &[0xC4, 0xE2, 0x6D, 0x90, 0x04, 0x0F], // VPGATHERDD
+        &[0xC4, 0xE2, 0x6D, 0x92, 0x04, 0x0F], // VGATHERDPS
         &[0x62, 0xF1, 0x7D, 0x48, 0xEF, 0xC1], // EVEX
         &[0x0F, 0x0F, 0xC1, 0x9E],             // 3DNow!
         &[0x0F, 0x31],                         // RDTSC

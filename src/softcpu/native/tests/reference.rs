@@ -1,8 +1,8 @@
 //! The second opinion: one instruction executed with the whole guest state loaded into the real registers.
 //!
 //! It shares nothing with the stubs but the processor: all sixteen general registers (RSP too) hold the guest's
-//! values, the full image is loaded with the guest's own MXCSR, exceptions unmasked as the guest has them, and a
-//! SIGFPE is caught and reported. The memory operand is addressed from RIP.
+//! values, the full image is loaded with the guest's own MXCSR, the upper halves of the YMM registers where the host has
+//! them, exceptions unmasked as the guest has them, and a SIGFPE is caught and reported. The memory operand is addressed from RIP.
 
 use std::cell::Cell;
 use std::sync::Once;
@@ -18,6 +18,11 @@ pub const MEM: usize = PAGE + 1024;
 const GPR: usize = PAGE + 2048;
 const RFLAGS: usize = PAGE + 2176;
 const HOST_RSP: usize = PAGE + 2184;
+const HIGH: usize = PAGE + 2560;
+
+/// Every vector register.
+const VECTORS: [AsmRegisterYmm; 16] =
+    [ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13, ymm14, ymm15];
 
 thread_local! {
     /// Where the instruction is, where to go on after a trap, and whether one came.
@@ -27,6 +32,7 @@ thread_local! {
 /// What the processor did.
 pub struct Seen {
     pub image: [u8; 512],
+    pub ymm_high: [u128; 16],
     pub mem: [u8; 512],
     pub gprs: [u64; 16],
     pub rflags: u64,
@@ -77,6 +83,7 @@ impl Reference {
     /// Assembles around the instruction; returns the addresses of the instruction and of what follows it.
     fn assemble(&self, instruction: &Instruction, shift: u64) -> (u64, u64) {
         let registers = [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
+        let avx = is_x86_feature_detected!("avx");
         let mut a = CodeAssembler::new(64).unwrap();
         for register in [rbx, rbp, r12, r13, r14, r15] {
             a.push(register).unwrap();
@@ -85,6 +92,11 @@ impl Reference {
         a.mov(qword_ptr(rdi + HOST_RSP), rsp).unwrap();
         a.fxsave64(byte_ptr(rdi + HOST_FX)).unwrap();
         a.fxrstor64(byte_ptr(rdi + FX)).unwrap();
+        if avx {
+            for (number, ymm) in VECTORS.into_iter().enumerate() {
+                a.vinsertf128(ymm, ymm, xmmword_ptr(rdi + HIGH + 16 * number), 1).unwrap();
+            }
+        }
         a.push(qword_ptr(rdi + RFLAGS)).unwrap();
         a.popfq().unwrap();
         for (number, register) in registers.into_iter().enumerate() {
@@ -121,6 +133,12 @@ impl Reference {
         a.mov(rsp, qword_ptr(rax + HOST_RSP)).unwrap();
         a.pushfq().unwrap();
         a.pop(qword_ptr(rax + RFLAGS)).unwrap();
+        if avx {
+            for (number, ymm) in VECTORS.into_iter().enumerate() {
+                a.vextractf128(xmmword_ptr(rax + HIGH + 16 * number), ymm, 1).unwrap();
+            }
+            a.vzeroupper().unwrap();
+        }
         a.fxsave64(byte_ptr(rax + FX)).unwrap();
         a.fninit().unwrap();
         a.fxrstor64(byte_ptr(rax + HOST_FX)).unwrap();
@@ -160,6 +178,7 @@ impl Reference {
         rflags: u64,
     ) -> Seen {
         self.put(FX, context.image());
+        self.put(HIGH, &context.ymm_highs().map(u128::to_le_bytes).concat());
         self.put(MEM, &context.mem);
         for (number, value) in gprs.iter().enumerate() {
             self.put(GPR + 8 * number, &value.to_le_bytes());
@@ -184,6 +203,7 @@ impl Reference {
         let trapped = WATCH.with(|watch| watch.replace((0, 0, false)).2);
         Seen {
             image: self.take(FX),
+            ymm_high: std::array::from_fn(|i| u128::from_le_bytes(self.take(HIGH + 16 * i))),
             mem: self.take(MEM),
             gprs: after,
             rflags: u64::from_le_bytes(self.take(RFLAGS)),

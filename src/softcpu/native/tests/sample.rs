@@ -142,12 +142,17 @@ impl Random {
             image[160 + 16 * register..176 + 16 * register].copy_from_slice(&value.to_le_bytes());
         }
         context.load_image(&image).unwrap();
+        let highs = std::array::from_fn(|_| self.vector());
+        context.set_ymm_highs(&highs);
         let mut mem = [0; 512];
         self.bytes(&mut mem);
         match self.below(4) {
             0 => mem[..10].copy_from_slice(&self.extended()),
             1 => {}
-            _ => mem[..16].copy_from_slice(&self.vector().to_le_bytes()),
+            _ => {
+                mem[..16].copy_from_slice(&self.vector().to_le_bytes());
+                mem[16..32].copy_from_slice(&self.vector().to_le_bytes());
+            }
         }
         context.mem = mem;
         context
@@ -192,10 +197,12 @@ pub fn every_opcode(random: &mut Random, rounds: usize, mut visit: impl FnMut(u3
         for map in 1..=3_u8 {
             for opcode in 0..=255_u8 {
                 for pp in 0..4_u8 {
-                    for _ in 0..4 {
+                    for length in [0, 0, 4, 0, 0, 4, 4, 4] {
                         let bitness = random.pick(&[32, 64, 64]);
                         let first = (random.next() as u8 & 0xE0) | if bitness == 64 { 0 } else { 0xC0 } | map;
-                        let second = (random.next() as u8 & 0xF8) & !4 | pp;
+                        let second = random.next() as u8 & 0xF8 | length | pp;
+                        // Half of them name no second source, as many instructions must.
+                        let second = if random.below(2) == 0 { second } else { second | 0x78 };
                         let mut bytes = vec![0xC4, first, second, opcode];
                         for _ in 0..7 {
                             bytes.push(random.next() as u8);
