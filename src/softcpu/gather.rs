@@ -30,21 +30,20 @@ fn lengths(mnemonic: Mnemonic) -> Option<(usize, usize)> {
 struct Progress {
     destination: [u8; 32],
     mask: [u8; 32],
-    /// An element was read.
-    any: bool,
 }
 
 /// Destination in `dst`, mask in `src`, indices in register `imm`; lengths of index and element in `osize` and `aux`, how many in
 /// `dst_shift`.
 fn gather(core: &mut Core, op: &Op) -> Flow {
     core.avx_available()?;
-    let mut progress =
-        Progress { destination: bytes(core.ymm(op.dst)), mask: bytes(core.ymm(op.src)), any: false };
+    let mut progress = Progress { destination: bytes(core.ymm(op.dst)), mask: bytes(core.ymm(op.src)) };
     let indices = bytes(core.ymm(op.imm as u8));
     let (count, size) = (usize::from(op.dst_shift), usize::from(op.aux));
     for i in 0..count {
         let element = i * size..(i + 1) * size;
         if progress.mask[element.end - 1] & 0x80 == 0 {
+            // The rest of its mask, which nothing looks at, goes as the mask of those that were read does.
+            progress.mask[element].fill(0);
             continue;
         }
         let mut value = [0; 8];
@@ -54,7 +53,6 @@ fn gather(core: &mut Core, op: &Op) -> Flow {
         }
         progress.destination[element.clone()].copy_from_slice(&value[..size]);
         progress.mask[element].fill(0);
-        progress.any = true;
     }
     progress.destination[count * size..].fill(0);
     core.set_ymm(op.dst, halves(&progress.destination));
@@ -80,7 +78,7 @@ fn element_of(core: &mut Core, op: &Op, index: u64, out: &mut [u8]) -> Flow {
 /// Keeps what was read before a fault.
 fn keep(core: &mut Core, op: &Op, progress: &Progress, stop: Stop) {
     let fault = stop == Stop::Exception || matches!(core.exit, Some(Exit::Fault(_)));
-    if fault && progress.any && core.replay.is_empty() {
+    if fault && core.replay.is_empty() {
         let values: [Ymm; 2] = [halves(&progress.destination), halves(&progress.mask)];
         core.set_ymm(op.dst, values[0]);
         core.set_ymm(op.src, values[1]);

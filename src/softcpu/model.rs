@@ -4,8 +4,8 @@
 //! mask, CPUID for its leaves. A model is fixed data with a name, so that a run does not depend on the host; the host
 //! must only be able to execute what the model declares.
 //!
-//! `antumbra-v2` is an x86-64-v2 processor without AVX and XSAVE, for hosts that have no more; `antumbra-v3` adds both, and
-//! with them what the level x86-64-v3 consists of. They call themselves AMD processors of family 17, so that a
+//! `antumbra-v3`, the default, is an x86-64-v3 processor; `antumbra-v2` is one without AVX and XSAVE, for hosts that have no
+//! more. They call themselves AMD processors of family 17, so that a
 //! stock kernel leaves page-table isolation off: with it every kernel entry would load CR3, and shadow paging would be
 //! measured against a mitigation that this CPU does not need. Later families of AMD's bring mitigations of their own,
 //! earlier ones workarounds for errata. `antumbra-max` adds all else that the software CPU has, five-level paging and
@@ -32,16 +32,6 @@ struct Definition {
 
 const MODELS: &[Definition] = &[
     Definition {
-        name: "antumbra-v2",
-        vendor: AMD,
-        brand: "Antumbra software CPU v2",
-        signature: 0x0020_0f31,
-        microcode: 0x0100_0065,
-        tsc_hz: 1_000_000_000,
-        phys_bits: 46,
-        features: &[X86_64, V2],
-    },
-    Definition {
         name: "antumbra-v3",
         vendor: AMD,
         brand: "Antumbra software CPU v3",
@@ -50,6 +40,16 @@ const MODELS: &[Definition] = &[
         tsc_hz: 1_000_000_000,
         phys_bits: 46,
         features: &[X86_64, V2, V3],
+    },
+    Definition {
+        name: "antumbra-v2",
+        vendor: AMD,
+        brand: "Antumbra software CPU v2",
+        signature: 0x0020_0f31,
+        microcode: 0x0100_0065,
+        tsc_hz: 1_000_000_000,
+        phys_bits: 46,
+        features: &[X86_64, V2],
     },
     Definition {
         name: "antumbra-max",

@@ -49,9 +49,13 @@ pub fn check_host(model: &CpuModel) -> Result<(), VcpuError> {
     if missing.is_empty() {
         return Ok(());
     }
+    let runs = |other: &CpuModel| missing_host_features(&other.native_features()).is_empty();
+    let advice =
+        CpuModel::all().iter().rfind(|other| runs(other)).map(|other| format!("; {} does not", other.name()));
     Err(VcpuError::Host(format!(
-        "the CPU model {} needs {missing:?}, which the host's processor lacks",
-        model.name()
+        "the CPU model {} needs {missing:?}, which the host's processor lacks{}",
+        model.name(),
+        advice.unwrap_or_default()
     )))
 }
 

@@ -96,7 +96,8 @@ fn length(instruction: &Instruction, class: Class) -> Option<Length> {
         return None;
     }
     // Not all that reads 256 bits names a YMM register.
-    let wide = instruction.code().op_code().l() == 1;
+    let names = (0..instruction.op_count()).any(|operand| instruction.op_register(operand).is_ymm());
+    let wide = names || instruction.memory_size().size() == 32;
     Some(if wide { Length::Ymm } else { Length::Xmm })
 }
 

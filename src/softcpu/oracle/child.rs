@@ -116,6 +116,7 @@ unsafe fn run(case: &mut Case, context: *mut Context, stub: &Stub) {
             (at as *mut u8).copy_from(case.memory.as_ptr().add(offset), len);
         }
         (*context).fx = case.fx;
+        (*context).ymm = case.ymm;
         (*context).gprs = case.gprs;
         (*context).rflags = case.rflags;
         (*context).entry = entry;
@@ -127,6 +128,7 @@ unsafe fn run(case: &mut Case, context: *mut Context, stub: &Stub) {
         enter();
         (*context).running = 0;
         case.fx = (&raw const (*context).fx).read_volatile();
+        case.ymm = (&raw const (*context).ymm).read_volatile();
         case.gprs = (&raw const (*context).gprs).read_volatile();
         case.trap = (&raw const (*context).trap).read_volatile();
         (case.rip, case.rflags) = if case.trap.came() {

@@ -67,6 +67,7 @@ pub fn differences(
     // Outside 64-bit code the upper XMM registers are not there, but nothing may change them either.
     let settled = !matches!(&scenario.body, Body::Single(insn) if leaves_vectors_open(insn, native));
     note(image(&native.fx) != image(&soft.fx), "vector state", settled);
+    note(native.ymm != soft.ymm, "upper halves of vectors", settled);
     note(pointers(&native.fx) != pointers(&soft.fx), POINTERS, false);
     let expected = scenario.ticks(&scenario.runs[run], soft);
     note(expected.is_some_and(|expected| expected != ticks), "ticks", true);
@@ -159,6 +160,10 @@ pub fn report(scenario: &Scenario, run: usize, native: &Case, soft: &Case, ticks
     }
     for i in (0..464).filter(|&i| !(28..32).contains(&i) && native.fx[i] != soft.fx[i]) {
         line(&format!("image[{i}]"), before.fx[i].into(), native.fx[i].into(), soft.fx[i].into());
+    }
+    for i in (0..256).filter(|&i| native.ymm[i] != soft.ymm[i]) {
+        let name = format!("ymm{}[{}]", i / 16, 16 + i % 16);
+        line(&name, before.ymm[i].into(), native.ymm[i].into(), soft.ymm[i].into());
     }
     text
 }

@@ -2,6 +2,7 @@
 //! scenario as small as it gets and says everything about it.
 
 use super::compare::{Difference, differences, disassembly, report};
+use super::family::Family;
 use super::guest::{Engine, Executed, Guest, strayed};
 use super::opcodes::Opcodes;
 use super::place::{Case, origin};
@@ -193,6 +194,7 @@ fn nothing(bits: u32) -> Case {
         rip: CODE - origin(bits),
         trap: Trap::NONE,
         fx: super::random::PLAIN_IMAGE,
+        ymm: [0; 256],
         memory: [0; MEMORY_LEN],
         code: [0x90; CODE_LEN],
     }
@@ -220,9 +222,10 @@ impl<E: Engine> Worlds<E> {
         Ok(Self { list, skipped })
     }
 
-    /// The code sizes that there are.
-    pub fn sizes(&self) -> Vec<u32> {
-        self.list.iter().map(|world| world.bits).collect()
+    /// Whether there are encodings of the family, in code of any size.
+    pub fn has(&self, family: Family) -> bool {
+        !family.is_single()
+            || self.list.iter().any(|world| world.opcodes.families().any(|(known, _)| known == family))
     }
 
     /// Gives the seed to the code size that it chooses.

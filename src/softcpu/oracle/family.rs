@@ -28,13 +28,16 @@ pub enum Family {
     Sse,
     SseLater,
     Crypto,
+    Avx,
+    Fma,
+    Masked,
     VectorState,
     Sequences,
     Modified,
 }
 
 impl Family {
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 26] = [
         Self::Arithmetic,
         Self::Logic,
         Self::Shifts,
@@ -55,6 +58,9 @@ impl Family {
         Self::Sse,
         Self::SseLater,
         Self::Crypto,
+        Self::Avx,
+        Self::Fma,
+        Self::Masked,
         Self::VectorState,
         Self::Sequences,
         Self::Modified,
@@ -82,6 +88,9 @@ impl Family {
             Self::Sse => "SSE, SSE2",
             Self::SseLater => "SSE3, SSSE3, SSE4.1, SSE4.2",
             Self::Crypto => "AES, PCLMULQDQ, SHA",
+            Self::Avx => "AVX, AVX2",
+            Self::Fma => "FMA, F16C",
+            Self::Masked => "masked moves and gathers of AVX",
             Self::VectorState => "FXSAVE, FNSAVE, LDMXCSR and kin",
             Self::Sequences => "sequences (instructions executed)",
             Self::Modified => "sequences that modify themselves",
@@ -93,8 +102,9 @@ impl Family {
         match self {
             Self::Decimal | Self::FlagMoves | Self::Hints | Self::Traps => 1,
             Self::Sequences | Self::Modified => 0,
-            Self::Crypto | Self::VectorState | Self::Logic => 2,
+            Self::Crypto | Self::VectorState | Self::Logic | Self::Masked => 2,
             Self::Strings | Self::Branches | Self::Arithmetic => 4,
+            Self::Avx => 6,
             _ => 3,
         }
     }
@@ -245,7 +255,9 @@ fn by_mnemonic(mnemonic: Mnemonic) -> Option<Family> {
         | M::Sfence
         | M::Clflush
         | M::Clflushopt => Family::Hints,
-        M::Fxsave
+        M::Vldmxcsr
+        | M::Vstmxcsr
+        | M::Fxsave
         | M::Fxsave64
         | M::Fxrstor
         | M::Fxrstor64
@@ -285,6 +297,20 @@ fn conditional(code: Code) -> Option<Family> {
     }
 }
 
+/// Whether a vector says which elements are accessed, or where they are.
+fn is_masked(code: Code) -> bool {
+    use Mnemonic as M;
+    matches!(code.mnemonic(), M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq | M::Vmaskmovdqu)
+        || is_gather(code)
+}
+
+/// Whether the addresses are in a vector.
+pub fn is_gather(code: Code) -> bool {
+    use OpCodeOperandKind as K;
+    let kinds = code.op_code().op_kinds();
+    kinds.iter().any(|kind| matches!(kind, K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y))
+}
+
 fn by_feature(code: Code) -> Option<Family> {
     use CpuidFeature as F;
     let features = code.cpuid_features();
@@ -294,6 +320,9 @@ fn by_feature(code: Code) -> Option<Family> {
         _ if !plain_flow => return None,
         _ if code.is_string_instruction() => Family::Strings,
         _ if any(&[F::BMI1, F::BMI2, F::ADX]) => Family::Bmi,
+        _ if is_masked(code) => Family::Masked,
+        _ if any(&[F::FMA, F::F16C]) => Family::Fma,
+        _ if any(&[F::AVX, F::AVX2]) => Family::Avx,
         _ if any(&[F::AES, F::PCLMULQDQ, F::SHA]) => Family::Crypto,
         _ if any(&[F::FPU, F::FPU287, F::FPU387]) || code == Code::Wait => Family::X87,
         _ if any(&[F::SSE3, F::SSSE3, F::SSE4_1, F::SSE4_2]) => Family::SseLater,

@@ -17,6 +17,7 @@ fn case(bits: u32, code: &[u8]) -> Case {
         rip: code_at - origin(bits),
         trap: Trap::NONE,
         fx: PLAIN_IMAGE,
+        ymm: [0; 256],
         memory: [0; MEMORY_LEN],
         code: [0; CODE_LEN],
     };

@@ -91,6 +91,11 @@ impl<E: Engine> Guest<E> {
         // As an operating system has them: MP and AM; OSFXSR and OSXMMEXCPT.
         template.cr0 |= 1 << 1 | 1 << 18;
         template.cr4 |= 1 << 9 | 1 << 10;
+        if model.xcr0_mask() != 1 {
+            // OSXSAVE, and every component switched on.
+            template.cr4 |= 1 << 18;
+            template.xcr0 = model.xcr0_mask();
+        }
         let background: Vec<u8> = (DATA..READ_ONLY_END).map(pattern).collect();
         machine.write(DATA, &background);
         let code = vec![NOP; (CODE_END - CODE) as usize];
@@ -111,6 +116,9 @@ impl<E: Engine> Guest<E> {
         let mut state = self.template.clone();
         (state.gprs, state.rflags, state.rip) = (case.gprs, case.rflags, case.rip);
         for (word, bytes) in state.fxsave.iter_mut().zip(case.fx.as_chunks::<8>().0) {
+            *word = u64::from_le_bytes(*bytes);
+        }
+        for (word, bytes) in state.ymm_high.iter_mut().zip(case.ymm.as_chunks::<8>().0) {
             *word = u64::from_le_bytes(*bytes);
         }
         let cpu = &mut self.machine.cpu;
@@ -156,6 +164,9 @@ impl<E: Engine> Guest<E> {
         }
         (case.gprs, case.rflags, case.rip) = (after.gprs, after.rflags, after.rip);
         for (bytes, word) in case.fx.as_chunks_mut::<8>().0.iter_mut().zip(&after.fxsave) {
+            *bytes = word.to_le_bytes();
+        }
+        for (bytes, word) in case.ymm.as_chunks_mut::<8>().0.iter_mut().zip(&after.ymm_high) {
             *bytes = word.to_le_bytes();
         }
         let inside = case.trap.vector != 14 || ARENA.contains(&case.trap.cr2);

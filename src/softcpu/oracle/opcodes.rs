@@ -1,7 +1,7 @@
 //! Every encoding of the families, and random instructions made of one: prefixes, REX or VEX, operands, displacement and
 //! immediate at random around an opcode that is drawn evenly, so that a rare instruction is tried as often as ADD.
 
-use super::family::{Family, family};
+use super::family::{Family, family, is_gather};
 use super::random::Random;
 use crate::CpuModel;
 use crate::native::missing_host_features;
@@ -25,6 +25,8 @@ pub struct Template {
     address_prefix: bool,
     wide: bool,
     vex: Option<Vex>,
+    /// It must have a SIB byte.
+    gathers: bool,
     may_lock: bool,
     is_string: bool,
     /// LOOP with REP is reserved, and AMD's takes it for the other condition.
@@ -114,7 +116,11 @@ fn has(feature: CpuidFeature) -> bool {
         | F::SSE3
         | F::SSSE3
         | F::SSE4_1
-        | F::SSE4_2 => missing_host_features(&[feature]).is_empty(),
+        | F::SSE4_2
+        | F::AVX
+        | F::AVX2
+        | F::FMA
+        | F::F16C => missing_host_features(&[feature]).is_empty(),
         _ => true,
     }
 }
@@ -136,6 +142,10 @@ pub fn host() -> String {
         F::SSSE3,
         F::SSE4_1,
         F::SSE4_2,
+        F::AVX,
+        F::AVX2,
+        F::FMA,
+        F::F16C,
         F::AES,
         F::PCLMULQDQ,
         F::SHA,
@@ -197,6 +207,7 @@ impl Template {
             address_prefix: info.address_size() != 0 && info.address_size() != bits,
             wide: if vex { info.w() == 1 } else { operand_size == 64 && !fixed64 },
             vex: vex.then(|| Vex { map, prefix, long: info.l() as u8 }),
+            gathers: is_gather(code),
             may_lock: info.can_use_lock_prefix(),
             is_string: code.is_string_instruction(),
             is_loop: code.is_loop() || code.is_loopcc(),
@@ -238,6 +249,9 @@ impl Template {
         }
         if let Some(rm) = self.rm_group {
             modrm = modrm & 0xf8 | rm | 0xc0;
+        }
+        if self.gathers {
+            modrm = modrm & 0x38 | 4 | [0, 0x40, 0x80][usize::from(modrm >> 6) % 3];
         }
         code.push(modrm);
         let mut rest = [0; 14];

@@ -93,6 +93,8 @@ pub struct Case {
     pub trap: Trap,
     /// The FXSAVE image.
     pub fx: [u8; 512],
+    /// The upper halves of the YMM registers.
+    pub ymm: [u8; 256],
     pub memory: [u8; MEMORY_LEN],
     pub code: [u8; CODE_LEN],
 }
@@ -109,10 +111,16 @@ impl Case {
             rip: code_at - origin(bits),
             trap: Trap::NONE,
             fx: if vectors { random.image() } else { PLAIN_IMAGE },
+            ymm: [0; 256],
             memory: [0; MEMORY_LEN],
             code: [0; CODE_LEN],
         };
         random.bytes(&mut case.memory);
+        if vectors && super::silicon::has_avx() {
+            for half in case.ymm.as_chunks_mut::<16>().0 {
+                *half = random.vector();
+            }
+        }
         case
     }
 
@@ -124,6 +132,14 @@ impl Case {
     /// The code goes to the end of its page, and nothing comes behind it.
     pub fn is_open(&self) -> bool {
         self.end() >= CODE_END
+    }
+
+    /// Sets a byte of a vector register, counted from its lowest.
+    pub fn set_vector_byte(&mut self, register: usize, at: usize, byte: u8) {
+        match at {
+            0..16 => self.fx[160 + 16 * (register & 15) + at] = byte,
+            _ => self.ymm[16 * (register & 15) + at % 16] = byte,
+        }
     }
 
     /// The bytes of the data from `address` on, where they may differ from case to case.

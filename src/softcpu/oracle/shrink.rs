@@ -63,6 +63,7 @@ fn changes(scenario: &Scenario) -> Vec<Change> {
     let each = |change: fn(&mut Case)| -> Change { Box::new(move |s| s.runs.iter_mut().for_each(change)) };
     list.push(each(|run| run.memory.fill(0)));
     list.push(each(|run| run.fx = super::random::PLAIN_IMAGE));
+    list.push(each(|run| run.ymm.fill(0)));
     list.push(each(|run| run.rflags = 0x202));
     for register in 0..16 {
         for value in [0, 1] {

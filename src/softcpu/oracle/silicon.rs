@@ -122,6 +122,11 @@ pub fn has_fs() -> bool {
     (unsafe { libc::getauxval(libc::AT_HWCAP2) }) & 2 != 0
 }
 
+/// Whether there are YMM registers.
+pub fn has_avx() -> bool {
+    is_x86_feature_detected!("avx")
+}
+
 fn pipe() -> std::io::Result<(File, File)> {
     let mut fds = [0; 2];
     // SAFETY: the array has room for the two descriptors, which then belong to the two files alone.

@@ -127,6 +127,34 @@ pub fn steer(case: &mut Case, insn: &Instruction, offsets: ConstantOffsets, bits
     true
 }
 
+/// Makes the addresses of a gather lie around `to`, most of them where there is something, and chooses some of them. In 32-bit
+/// code they are added in 32 bits.
+pub fn gather(case: &mut Case, insn: &Instruction, bits: u32, to: u64, random: &mut Random) {
+    use Mnemonic as M;
+    let narrow = matches!(insn.mnemonic(), M::Vgatherdps | M::Vgatherdpd | M::Vpgatherdd | M::Vpgatherdq);
+    let size = if narrow { 4 } else { 8 };
+    let scale = u64::from(insn.memory_index_scale());
+    let to = to.wrapping_sub(segment_base(insn, bits));
+    let (base, displacement) = (insn.memory_base(), insn.memory_displacement64());
+    if base != Register::None {
+        set_low(&mut case.gprs, slot(base), to.wrapping_sub(displacement), if bits == 64 { 8 } else { 4 });
+    }
+    // Without a base the indices lead the whole way.
+    let start = if base == Register::None { to.wrapping_sub(displacement) / scale } else { 0 };
+    let (index, mask) = (insn.memory_index().number(), insn.op2_register().number());
+    for element in 0..32 / size {
+        let far = if random.one_in(16) { 0x1000 } else { 96 };
+        let value = start.wrapping_add(random.below(2 * far).wrapping_sub(far) / scale.max(1) * 1);
+        let value = if random.one_in(40) { random.value() } else { value };
+        for (i, byte) in value.to_le_bytes()[..size].iter().enumerate() {
+            case.set_vector_byte(index, element * size + i, *byte);
+        }
+    }
+    for at in (3..32).step_by(4) {
+        case.set_vector_byte(mask, at, random.next() as u8);
+    }
+}
+
 /// The linear address of the explicit memory operand.
 pub fn address(insn: &Instruction, case: &Case, bits: u32) -> u64 {
     let value = |reg: Register| if reg.is_gpr() { case.gprs[slot(reg)] } else { 0 };
@@ -174,7 +202,7 @@ pub fn implicit_registers(case: &mut Case, insn: &Instruction, reach: Reach, ran
             let v = target(random, reach).wrapping_sub(source).wrapping_sub(case.gprs[0] & 0xff);
             set_low(&mut case.gprs, 3, v, insn.memory_base().size());
         }
-        M::Maskmovq | M::Maskmovdqu => {
+        M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => {
             // Whether bytes that are not chosen can fault is left to the processor.
             let v = target(random, Reach { len: 16, faults: false, ..reach }).wrapping_sub(source);
             set_low(&mut case.gprs, 7, v, size);
@@ -217,7 +245,7 @@ pub fn meaningful_memory(case: &mut Case, insn: &Instruction, at: u64, random: &
         }
         M::Cmpxchg8b if random.one_in(2) => (rax & 0xffff_ffff | rdx << 32).to_le_bytes().to_vec(),
         // Reserved bits of MXCSR raise #GP; bit 17 is reserved on some processors only.
-        M::Ldmxcsr => {
+        M::Ldmxcsr | M::Vldmxcsr => {
             let v = random.next() as u32 & 0xffff
                 | if random.one_in(8) { random.pick(&[1 << 16, 1 << 24]) } else { 0 };
             v.to_le_bytes().to_vec()
@@ -231,9 +259,13 @@ pub fn meaningful_memory(case: &mut Case, insn: &Instruction, at: u64, random: &
         }
         // Numbers of the formats that these read.
         _ if insn.memory_size().is_signed() || random.one_in(2) => return,
-        _ => random.vector().to_vec(),
+        _ => [random.vector(), random.vector()].concat(),
     };
-    let len = if matches!(insn.mnemonic(), M::Fxrstor | M::Fxrstor64) { 512 } else { bytes.len().min(16) };
+    let len = match insn.mnemonic() {
+        M::Fxrstor | M::Fxrstor64 => 512,
+        _ if insn.memory_size().size() == 32 => bytes.len(),
+        _ => bytes.len().min(16),
+    };
     if let Some(there) = case.bytes_at(at, len) {
         there.copy_from_slice(&bytes[..len]);
     }

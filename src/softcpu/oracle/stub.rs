@@ -21,6 +21,8 @@ pub const LDT_DATA: u16 = 0x0f;
 pub struct Context {
     /// The FXSAVE image.
     pub fx: [u8; 512],
+    /// The upper halves of the YMM registers.
+    pub ymm: [u8; 256],
     /// RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8–R15.
     pub gprs: [u64; 16],
     /// RFLAGS.
@@ -78,6 +80,8 @@ impl Stub {
 
 const REGISTERS: [AsmRegister64; 16] =
     [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
+const YMM: [AsmRegisterYmm; 16] =
+    [ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13, ymm14, ymm15];
 const SAVED: [AsmRegister64; 6] = [rbx, rbp, r12, r13, r14, r15];
 
 fn at(offset: usize) -> u64 {
@@ -111,6 +115,11 @@ pub fn assemble(bits: u32) -> Result<Stub, iced_x86::IcedError> {
     }
     a.stmxcsr(dword_ptr(at(offset_of!(Context, host_mxcsr))))?;
     a.fxrstor64(ptr(at(offset_of!(Context, fx))))?;
+    if super::silicon::has_avx() {
+        for (i, register) in YMM.into_iter().enumerate() {
+            a.vinsertf128(register, register, xmmword_ptr(at(offset_of!(Context, ymm) + 16 * i)), 1)?;
+        }
+    }
     a.mov(field(offset_of!(Context, host_rsp)), rsp)?;
     a.push(field(offset_of!(Context, rflags)))?;
     a.popfq()?;
@@ -155,6 +164,12 @@ fn leave(fs_base: bool) -> Result<CodeAssembler, iced_x86::IcedError> {
     // Neither direction nor alignment checks nor single steps for what follows.
     a.push(2)?;
     a.popfq()?;
+    if super::silicon::has_avx() {
+        for (i, register) in YMM.into_iter().enumerate() {
+            a.vextractf128(xmmword_ptr(at(offset_of!(Context, ymm) + 16 * i)), register, 1)?;
+        }
+        a.vzeroupper()?;
+    }
     a.fxsave64(ptr(at(offset_of!(Context, fx))))?;
     a.fninit()?;
     a.ldmxcsr(dword_ptr(at(offset_of!(Context, host_mxcsr))))?;

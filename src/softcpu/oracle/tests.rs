@@ -116,7 +116,7 @@ fn the_software_cpu_does_what_the_host_does() {
         None => tally.total() >= asked,
     };
     let wrong = compare(&mut worlds, &mut tally, start, done).unwrap_or_else(|e| panic!("{e}"));
-    let guards = tally.faults(asked, &worlds.sizes());
+    let guards = tally.faults(asked, |family| worlds.has(family));
     let table = format!("{}{}", tally.table(), tally.notes());
     println!("{table}in {:.1} s", began.elapsed().as_secs_f64());
     let texts: Vec<_> = wrong.iter().map(|wrong| wrong.text.as_str()).collect();

@@ -93,8 +93,18 @@ impl<'a> Weave<'a> {
             F::Strings,
             F::FlagMoves,
         ];
-        const VECTORS: &[F] =
-            &[F::Arithmetic, F::Moves, F::Sse, F::Sse, F::SseLater, F::X87, F::Mmx, F::Crypto];
+        const VECTORS: &[F] = &[
+            F::Arithmetic,
+            F::Moves,
+            F::Sse,
+            F::Sse,
+            F::SseLater,
+            F::X87,
+            F::Mmx,
+            F::Crypto,
+            F::Avx,
+            F::Fma,
+        ];
         let family = random.pick(if self.vectors { VECTORS } else { INTEGER });
         if random.one_in(60) {
             return self.push(vec![0x0f, 0x0b], None);
@@ -128,7 +138,8 @@ impl<'a> Weave<'a> {
         let memory = crate::decode::has_memory(insn);
         // Their results may differ, or how much they touch is anyone's guess.
         let undefined_result = match m {
-            M::Bsf | M::Bsr | M::Maskmovq | M::Maskmovdqu | M::Dpps | M::Dppd => true,
+            M::Bsf | M::Bsr | M::Maskmovq | M::Maskmovdqu => true,
+            M::Dpps | M::Dppd | M::Vdpps | M::Vdppd => true,
             M::Shld | M::Shrd => crate::exec::operand_size(insn) == 2,
             M::Cmpxchg => insn.op0_register().is_gpr32(),
             M::Bt | M::Bts | M::Btr | M::Btc => memory && insn.op1_kind() == OpKind::Register,
