@@ -58,11 +58,13 @@ pub fn first_state(reset: ArchState, mode: &Mode, image: &Image, gprs: [u64; 16]
         idtr: TableRegister { base: u64::from(IDT), limit: 0x1ff },
         cr0: 0x10 | u64::from(mode.protected) | if paged { 0x8000_0000 } else { 0 },
         cr3: u64::from(root),
+        // OSXSAVE among them, and everything that it switches on.
         cr4: match mode.paging {
-            Paging::Off => 0x600,
-            Paging::Bits32 => 0x610,
-            _ => 0x6a0,
+            Paging::Off => 0x4_0600,
+            Paging::Bits32 => 0x4_0610,
+            _ => 0x4_06a0,
         },
+        xcr0: 7,
         efer: if long { 0xd01 } else { 1 },
         pdptes,
         msrs: reset.msrs.iter().map(|&(index, value)| (index, first_msr(index).unwrap_or(value))).collect(),

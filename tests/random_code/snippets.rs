@@ -117,6 +117,7 @@ const MAKERS: &[(u64, Maker)] = &[
     (3, loops),
     (5, exchange),
     (3, vector),
+    (4, wide_vector),
     (4, odd),
 ];
 
@@ -244,6 +245,37 @@ fn vector(p: &mut Piece, choose: &mut Choose) {
         3 => p.raw(&[0xdd]).at(choose.one(&[4, 6]), at),
         4 => p.raw(&[0xd9]).at(choose.one(&[6, 7, 3]), at),
         _ => p.raw(&[0x0f, 0x10]).at(1, at),
+    };
+}
+
+/// What VEX encodes, and the state that belongs to it. Gathers and masked moves stop in the middle.
+fn wide_vector(p: &mut Piece, choose: &mut Choose) {
+    let at = address(p.mode, choose, p.still);
+    match choose.below(7) {
+        // VMOVDQU of YMM0 or YMM1.
+        0 => p.raw(&[0xc5, 0xfe, 0x6f]).at(choose.below(2) as u8, at),
+        1 => p.raw(&[0xc5, 0xfe, 0x7f]).at(choose.below(2) as u8, at),
+        // VMOVDQA, VADDPS with memory, VZEROUPPER.
+        2 => p.raw(&[0xc5, 0xfd, choose.one(&[0x6f, 0x7f])]).at(1, at & !choose.one(&[15, 31])),
+        3 => p.raw(&[0xc5, 0xf4, 0x58]).at(2, at).raw(&[0xc5, 0xf8, 0x77]),
+        // VPMASKMOVD, where YMM1 chooses.
+        4 => p.raw(&[0xc4, 0xe2, 0x75, choose.one(&[0x8c, 0x8e])]).at(0, at),
+        // Every element of an area, of which XSAVE and its kin take what EDX:EAX happens to say.
+        5 => {
+            let at = at & !63;
+            match choose.below(3) {
+                0 => p.raw(&[0x0f, 0xc7]).at(4, at),
+                1 => p.raw(&[0x0f, 0xae]).at(choose.one(&[4, 6]), at),
+                _ => p,
+            };
+            p.raw(&[0x0f, 0xae]).at(5, at)
+        }
+        // VPCMPEQD ymm0, ymm0, ymm0; VPSRLD ymm1, ymm1, 20; VPGATHERDD ymm2, [at+ymm1], ymm0.
+        _ => {
+            let offset = p.mode.offset(at & !0xfff);
+            p.raw(&[0xc5, 0xfd, 0x76, 0xc0, 0xc5, 0xf5, 0x72, 0xd1, choose.one(&[19, 20, 24])]);
+            p.raw(&[0xc4, 0xe2, 0x7d, 0x90, 0x14, 0x0d]).imm32(offset)
+        }
     };
 }
 

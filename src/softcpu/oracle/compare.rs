@@ -2,7 +2,7 @@
 
 use super::place::{Case, SPANS, origin};
 use super::scenario::{Body, Scenario};
-use super::single::{is_in_parts, leaves_vectors_open};
+use super::single::{is_in_parts, leaves_vectors_open, vectors};
 use crate::flags::bit::{AC, AF, ARITHMETIC, CF, DF, ID, IF, IOPL, NT, OF, PF, RF, SF, TF, ZF};
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
@@ -66,8 +66,13 @@ pub fn differences(
     }
     // Outside 64-bit code the upper XMM registers are not there, but nothing may change them either.
     let settled = !matches!(&scenario.body, Body::Single(insn) if leaves_vectors_open(insn, native));
-    note(image(&native.fx) != image(&soft.fx), "vector state", settled);
-    note(native.ymm != soft.ymm, "upper halves of vectors", settled);
+    let insn = match &scenario.body {
+        Body::Single(insn) => Some(insn),
+        Body::Sequence(_) => None,
+    };
+    let ((native_fx, native_ymm), (soft_fx, soft_ymm)) = (vectors(insn, native), vectors(insn, soft));
+    note(image(&native_fx) != image(&soft_fx), "vector state", settled);
+    note(native_ymm != soft_ymm, "upper halves of vectors", settled);
     note(pointers(&native.fx) != pointers(&soft.fx), POINTERS, false);
     let expected = scenario.ticks(&scenario.runs[run], soft);
     note(expected.is_some_and(|expected| expected != ticks), "ticks", true);

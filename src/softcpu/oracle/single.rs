@@ -37,6 +37,23 @@ const UNDEFINED: &[(&[u8], bool)] = &[
     (&[0x0f, 0xae, 0xc0], false),
     (&[0xd9, 0xd1], false),
     (&[0xdb, 0xfa], false),
+    // VEX behind a prefix that it includes; a vvvv that must be ones; lengths that do not exist.
+    (&[0x66, 0xc5, 0xf9, 0xef, 0xc0], false),
+    (&[0xf2, 0xc5, 0xf9, 0xef, 0xc0], false),
+    (&[0xf3, 0xc5, 0xf9, 0xef, 0xc0], false),
+    (&[0xf0, 0xc5, 0xf9, 0xef, 0xc0], false),
+    (&[0x48, 0xc5, 0xf9, 0xef, 0xc0], true),
+    (&[0xc5, 0xf1, 0x6f, 0xc1], false),
+    (&[0xc5, 0xfd, 0x6e, 0xc0], false),
+    (&[0xc5, 0xfd, 0xc4, 0xc0, 0x00], false),
+    (&[0xc4, 0xe2, 0x79, 0x19, 0xc1], false),
+    (&[0xc4, 0xe3, 0x79, 0x06, 0xc1, 0x00], false),
+    // A register as the operand of what only loads, or of a gather; a gather of which two registers are one.
+    (&[0xc4, 0xe2, 0x7d, 0x1a, 0xc1], false),
+    (&[0xc4, 0xe2, 0x69, 0x90, 0xc1], false),
+    (&[0xc4, 0xe2, 0x69, 0x90, 0x04, 0x07], false),
+    (&[0xc4, 0xe2, 0x69, 0x90, 0x04, 0x17], false),
+    (&[0xc4, 0xe2, 0x79, 0x90, 0x04, 0x0f], false),
     // What 64-bit mode has taken away.
     (&[0x06], true),
     (&[0x0e], true),
@@ -278,6 +295,20 @@ pub fn leaves_vectors_open(insn: &Instruction, after: &Case) -> bool {
         Mnemonic::Maskmovq => after.trap.came(),
         _ => false,
     }
+}
+
+/// The vector registers, of which the mask of a gather that has faulted is cut to its highest bits: what becomes of the others,
+/// which choose nothing, is left to the processor.
+pub fn vectors(insn: Option<&Instruction>, after: &Case) -> ([u8; 512], [u8; 256]) {
+    let mut cut = (after.fx, after.ymm);
+    let Some(insn) = insn.filter(|insn| insn.is_vsib() && after.trap.came()) else { return cut };
+    let (mask, size) = (16 * (insn.op2_register().number() & 15), insn.memory_size().size().max(4));
+    for half in [&mut cut.0[160 + mask..176 + mask], &mut cut.1[mask..mask + 16]] {
+        for (i, byte) in half.iter_mut().enumerate() {
+            *byte &= if (i + 1) % size == 0 { 0x80 } else { 0 };
+        }
+    }
+    cut
 }
 
 /// What may differ after the instruction: flags, and whether its result may.
