@@ -147,7 +147,7 @@ pub const CATALOG: &[Entry] = &[
     guest(
         "fpu-sse",
         Group::Instructions,
-        "x87, MMX and SSE results, state saved and restored, lazy switching by CR0.TS",
+        "x87, MMX, SSE and AVX results, state saved and restored, lazy switching by CR0.TS",
     ),
     guest(
         "instr",

@@ -1,5 +1,5 @@
 //! Floating point and vectors: x87, MMX, SSE and SSE2 results against known bits and scalar models, state saved and restored, and tasks that share
-//! the registers lazily by CR0.TS (SDM Vol. 1, chapters 8 to 11; Vol. 3, 2.5 and chapter 15).
+//! the registers lazily by CR0.TS; AVX and XSAVE where there are any (SDM Vol. 1, chapters 8 to 14; Vol. 3, 2.5 and chapter 15).
 #![no_std]
 #![no_main]
 #![allow(unsafe_code, reason = "the instructions under test are inline assembly")]
@@ -12,6 +12,8 @@ mod sse;
 mod state;
 #[path = "fpu-sse/vectors.rs"]
 mod vectors;
+#[path = "fpu-sse/wide.rs"]
+mod wide;
 #[path = "fpu-sse/x87.rs"]
 mod x87;
 
@@ -22,5 +24,6 @@ fn main() {
     vectors::run();
     sse::run();
     state::run();
+    wide::run();
     lazy::run();
 }
