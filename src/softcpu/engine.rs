@@ -68,7 +68,7 @@ impl SoftCpu {
         let translator = match engine {
             EngineKind::Interpret => None,
             EngineKind::Translate => Some(
-                Translator::new(crate::translate::run::CODE_BYTES)
+                Translator::new(crate::translate::run::CODE_BYTES, &core.model)
                     .map_err(|e| VcpuError::Host(format!("mapping memory for translated code: {e}")))?,
             ),
         };

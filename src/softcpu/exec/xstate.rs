@@ -86,7 +86,7 @@ impl Core {
         let count = self.vector_count();
         let sse = (0..count).any(|n| self.fpu.xmm(n) != 0);
         let avx = (0..count).any(|n| self.fpu.ymm_high(n) != 0);
-        u64::from(x87) * X87 | u64::from(sse) * SSE | u64::from(avx) * AVX
+        (u64::from(x87) * X87) | (u64::from(sse) * SSE) | (u64::from(avx) * AVX)
     }
 
     /// The address of a part of an area.
@@ -186,7 +186,7 @@ fn save(core: &mut Core, op: &Op) -> Flow {
         Kind::SaveOptimized => (requested & in_use, requested & (SSE | AVX) != 0),
         Kind::SaveCompacted => {
             // Here MXCSR belongs to SSE, which is in use if MXCSR is.
-            let saved = requested & (in_use | u64::from(!first) * SSE);
+            let saved = requested & (in_use | (u64::from(!first) * SSE));
             (saved, saved & SSE != 0)
         }
     };

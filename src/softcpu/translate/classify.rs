@@ -374,29 +374,38 @@ fn conditional_move(mnemonic: Mnemonic) -> bool {
 fn vector(insn: &Instruction, setting: Setting, info: &mut InstructionInfoFactory) -> Option<Kind> {
     use Mnemonic as M;
     let features = insn.cpuid_features();
-    let sse = |f: &CpuidFeature| {
+    let known = |f: &CpuidFeature| {
         use CpuidFeature as F;
-        matches!(
-            f,
-            F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 | F::AES | F::PCLMULQDQ | F::SHA
-        )
+        match f {
+            F::SSE | F::SSE2 | F::SSE3 | F::SSSE3 | F::SSE4_1 | F::SSE4_2 => true,
+            F::AES | F::PCLMULQDQ | F::SHA => true,
+            F::AVX | F::AVX2 | F::FMA | F::F16C => setting.avx,
+            _ => false,
+        }
     };
-    let legacy = insn.encoding() == EncodingKind::Legacy && features.iter().all(sse);
-    if !legacy {
+    let encoded = matches!(insn.encoding(), EncodingKind::Legacy | EncodingKind::VEX);
+    // MMX registers are the x87 unit's. Elements that a mask leaves out must not fault, and gathers can be resumed.
+    if !encoded || !features.iter().all(known) || register_of(insn, Register::is_mm) || insn.is_vsib() {
         return None;
     }
-    // MMX registers are the x87 unit's.
-    if register_of(insn, Register::is_mm) {
-        return None;
-    }
+    let alone = matches!(insn.mnemonic(), M::Vzeroupper | M::Vzeroall);
     let excluded = matches!(
         insn.mnemonic(),
-        M::Maskmovdqu | M::Ldmxcsr | M::Stmxcsr | M::Rcpps | M::Rcpss | M::Rsqrtps | M::Rsqrtss
+        M::Maskmovdqu
+            | M::Vmaskmovdqu
+            | M::Vmaskmovps
+            | M::Vmaskmovpd
+            | M::Vpmaskmovd
+            | M::Vpmaskmovq
+            | M::Ldmxcsr
+            | M::Stmxcsr
+            | M::Vldmxcsr
+            | M::Vstmxcsr
     );
-    if excluded || !register_of(insn, Register::is_xmm) || uses_hidden_registers(insn, info) {
+    let vectors = register_of(insn, Register::is_vector_register) || alone;
+    if excluded || !vectors || uses_hidden_registers(insn, info) {
         return None;
     }
-    let _ = setting.avx;
     Some(if setting.vectors { Kind::Same } else { Kind::NeedsVectors })
 }
 
@@ -422,6 +431,12 @@ pub fn must_be_aligned(insn: &Instruction) -> bool {
     if insn.mnemonic() == M::Cmpxchg16b {
         return true;
     }
+    if insn.encoding() == EncodingKind::VEX {
+        return matches!(
+            insn.mnemonic(),
+            M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+        );
+    }
     if insn.encoding() != EncodingKind::Legacy || size != 16 || !register_of(insn, Register::is_xmm) {
         return false;
     }
@@ -435,6 +450,8 @@ pub fn must_be_aligned(insn: &Instruction) -> bool {
             | M::Pcmpistrm
             | M::Pcmpestri
             | M::Pcmpestrm
+            | M::Pcmpestri64
+            | M::Pcmpestrm64
     )
 }
 

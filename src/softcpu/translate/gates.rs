@@ -93,25 +93,68 @@ fn load_registers(asm: &mut Asm, bias: i32) {
     }
 }
 
-/// MOVUPS between an XMM register and the state image that RAX points at.
+/// How much of the vector registers a set of gates saves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vectors {
+    /// Nothing: they hold nothing of the guest's.
+    None,
+    /// XMM0 to XMM15.
+    Xmm,
+    /// YMM0 to YMM15.
+    Ymm,
+}
+
+/// MOVUPS between an XMM register and the state that RAX points at.
 fn vector_move(asm: &mut Asm, store: bool, register: u8) {
     let at = Mem::at(host::RAX, (fpu::IMAGE + fpu::XMM + 16 * usize::from(register)) as i32);
     asm.op_mem(4, &[0x0f, if store { 0x11 } else { 0x10 }], register, at);
 }
 
+/// VMOVUPS of the lower half and VEXTRACTF128 or VINSERTF128 of the upper.
+fn wide_move(asm: &mut Asm, store: bool, register: u8) {
+    let high = register >= 8;
+    let modrm = 0x80 | (register & 7) << 3;
+    let lower = (fpu::IMAGE + fpu::XMM + 16 * usize::from(register)) as i32;
+    let upper = (fpu::YMM_HIGH + 16 * usize::from(register)) as i32;
+    asm.bytes(&[0xc5, if high { 0x78 } else { 0xf8 }, if store { 0x11 } else { 0x10 }, modrm]);
+    asm.bytes(&lower.to_le_bytes());
+    let second = if high { 0x63 } else { 0xe3 };
+    if store {
+        asm.bytes(&[0xc4, second, 0x7d, 0x19, modrm]);
+    } else {
+        asm.bytes(&[0xc4, second, (!register & 15) << 3 | 5, 0x18, modrm]);
+    }
+    asm.bytes(&upper.to_le_bytes());
+    asm.bytes(&[1]);
+}
+
+fn move_vectors(asm: &mut Asm, store: bool, vectors: Vectors) {
+    for register in 0..16 {
+        match vectors {
+            Vectors::None => {}
+            Vectors::Xmm => vector_move(asm, store, register),
+            Vectors::Ymm => wide_move(asm, store, register),
+        }
+    }
+    if store && vectors == Vectors::Ymm {
+        // VZEROUPPER: compiled code is not made for upper halves in use.
+        asm.bytes(&[0xc5, 0xf8, 0x77]);
+    }
+}
+
 /// Saves the vector registers; changes RAX. With `control`, MXCSR too, and the host's is put in its place.
-fn store_vectors(asm: &mut Asm, bias: i32, control: bool) {
+fn store_vectors(asm: &mut Asm, vectors: Vectors, bias: i32, control: bool) {
     asm.load(host::RAX, Mem::frame(hot!(fpu) + bias));
-    (0..16).for_each(|register| vector_move(asm, true, register));
+    move_vectors(asm, true, vectors);
     if control {
         asm.op_mem(4, &[0x0f, 0xae], 3, Mem::at(host::RAX, (fpu::IMAGE + fpu::MXCSR) as i32));
         asm.op_mem(4, &[0x0f, 0xae], 2, Mem::frame(hot!(host_mxcsr) + bias));
     }
 }
 
-fn load_vectors(asm: &mut Asm, bias: i32, control: bool) {
+fn load_vectors(asm: &mut Asm, vectors: Vectors, bias: i32, control: bool) {
     asm.load(host::RAX, Mem::frame(hot!(fpu) + bias));
-    (0..16).for_each(|register| vector_move(asm, false, register));
+    move_vectors(asm, false, vectors);
     if control {
         asm.op_mem(4, &[0x0f, 0xae], 2, Mem::at(host::RAX, (fpu::IMAGE + fpu::MXCSR) as i32));
     }
@@ -142,7 +185,7 @@ fn pop(asm: &mut Asm, register: u8) {
 }
 
 /// Writes one set of gates at the place `origin` of the arena.
-pub fn build(asm: &mut Asm, origin: usize, vectors: bool) -> Option<(Gates, Vec<u8>)> {
+pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors) -> Option<(Gates, Vec<u8>)> {
     asm.reset();
     let enter = asm.here();
     CALLEE_SAVED.into_iter().for_each(|register| push(asm, register));
@@ -150,8 +193,8 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: bool) -> Option<(Gates, Vec<
     asm.store(Mem::at(host::RDI, hot!(host_rsp)), host::RSP);
     asm.copy(host::RSP, host::RDI);
     asm.store(field(hot!(gate_temporary)), host::RSI);
-    if vectors {
-        load_vectors(asm, 0, true);
+    if vectors != Vectors::None {
+        load_vectors(asm, vectors, 0, true);
     }
     load_registers(asm, 0);
     asm.load(host::R10, field(hot!(enter_page)));
@@ -160,9 +203,9 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: bool) -> Option<(Gates, Vec<
     // The common way out: the reason is in EAX.
     let out = asm.here();
     store_registers(asm, 0);
-    if vectors {
+    if vectors != Vectors::None {
         asm.store(field(hot!(gate_temporary)), host::RAX);
-        store_vectors(asm, 0, true);
+        store_vectors(asm, vectors, 0, true);
         asm.load(host::RAX, field(hot!(gate_temporary)));
     }
     let back = asm.here();
@@ -186,8 +229,8 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: bool) -> Option<(Gates, Vec<
     let callout = asm.here();
     store_registers(asm, CALLED);
     asm.copy(host::RSI, host::RAX);
-    if vectors {
-        store_vectors(asm, CALLED, true);
+    if vectors != Vectors::None {
+        store_vectors(asm, vectors, CALLED, true);
     }
     asm.lea(host::RDI, Mem::frame(CALLED));
     asm.copy(host::RBX, host::RSP);
@@ -197,8 +240,8 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: bool) -> Option<(Gates, Vec<
     let stopped = asm.label();
     asm.op_reg(4, &[0x85], host::RAX, host::RAX);
     asm.jcc(super::asm::cc::NE, Target::Here(stopped));
-    if vectors {
-        load_vectors(asm, CALLED, true);
+    if vectors != Vectors::None {
+        load_vectors(asm, vectors, CALLED, true);
     }
     load_registers(asm, CALLED);
     asm.bytes(&[0xc3]);
@@ -215,8 +258,8 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: bool) -> Option<(Gates, Vec<
         asm.store(Mem::frame(slot(guest) + CALLED), host);
     }
     asm.copy(host::RSI, host::RAX);
-    if vectors {
-        store_vectors(asm, CALLED, false);
+    if vectors != Vectors::None {
+        store_vectors(asm, vectors, CALLED, false);
     }
     asm.copy(host::RDX, host::R10);
     asm.lea(host::RDI, Mem::frame(CALLED));
@@ -227,8 +270,8 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: bool) -> Option<(Gates, Vec<
     asm.copy(host::RSP, host::RBX);
     asm.load(host::RBX, Mem::frame(hot!(gate_temporary) + CALLED));
     asm.copy(host::R10, host::RAX);
-    if vectors {
-        load_vectors(asm, CALLED, false);
+    if vectors != Vectors::None {
+        load_vectors(asm, vectors, CALLED, false);
     }
     for (guest, host) in volatile() {
         asm.load(host, Mem::frame(slot(guest) + CALLED));

@@ -16,15 +16,16 @@ use super::blocks::{Block, Blocks, Link, key};
 use super::classify::{HostFlags, Setting};
 use super::emit::{Emitter, FlagState, Wants};
 use super::frame::{self, FrameBox};
-use super::gates::{self, Gates, Reason};
+use super::gates::{self, Gates, Reason, Vectors};
 use super::mode::Mode;
 use super::{MOST_EXITS, NO_LINK, host_flags};
 use crate::core::{Attention, Core};
 use crate::flags::bit;
+use crate::model::CpuModel;
 use crate::op::{Op, REG_IP, Stop};
 use crate::tlb::TlbSide;
 use guestmem::{Gva, Hpa, PAGE_SIZE};
-use iced_x86::{Encoder, InstructionInfoFactory};
+use iced_x86::{Code, Encoder, Instruction, InstructionInfoFactory};
 use mmu::{AccessKind, Counter};
 use std::io;
 
@@ -70,6 +71,8 @@ pub struct Translator {
     seen: (u64, u64),
     /// The kernel uses vector registers.
     kernel_vectors: bool,
+    /// The guest may use AVX, as translated code takes for granted.
+    avx: bool,
     /// Every flag is kept everywhere, so that there is no reserve: for tests that look at every tick.
     tight: bool,
 }
@@ -86,11 +89,13 @@ fn from_saved(saved: u64) -> u64 {
 
 impl Translator {
     /// A translator with nothing translated, and `bytes` of room for code.
-    pub fn new(bytes: usize) -> io::Result<Self> {
+    pub fn new(bytes: usize, model: &CpuModel) -> io::Result<Self> {
         let mut arena = Arena::new(bytes)?;
         let mut asm = Asm::default();
         let mut sets = [Gates::default(); 2];
-        for (set, vectors) in sets.iter_mut().zip([false, true]) {
+        let avx = model.has(&Instruction::with(Code::VEX_Vzeroupper));
+        let vectors = if avx { Vectors::Ymm } else { Vectors::Xmm };
+        for (set, vectors) in sets.iter_mut().zip([Vectors::None, vectors]) {
             let (gates, code) = gates::build(&mut asm, arena.used(), vectors)
                 .ok_or_else(|| io::Error::other("a gate of the translator has an open end"))?;
             arena.room(code.len()).ok_or_else(|| io::Error::other("no room for the translator's gates"))?;
@@ -108,6 +113,7 @@ impl Translator {
             jumps: Box::new([NO_JUMP; JUMPS]),
             seen: (0, 0),
             kernel_vectors: false,
+            avx: false,
             tight: false,
         })
     }
@@ -159,6 +165,13 @@ impl Translator {
         core.paging.cr0 & (EM | TS) == 0 && core.paging.cr4 & OSFXSR != 0 && core.fpu.mxcsr() & MASKS == MASKS
     }
 
+    /// Whether the guest may execute AVX instructions: the system has switched it on.
+    fn avx_usable(core: &Core) -> bool {
+        const OSXSAVE: u64 = 1 << 18;
+        const COMPONENTS: u64 = 6;
+        core.paging.cr4 & OSXSAVE != 0 && core.xcr0 & COMPONENTS == COMPONENTS
+    }
+
     fn mode(&mut self, core: &Core) -> Option<Mode> {
         let vectors = if core.cpl == 3 {
             self.kernel_vectors = false;
@@ -175,6 +188,11 @@ impl Translator {
         let mut from = None;
         loop {
             let Some(mode) = self.mode(core) else { return Ok(Next::Interpret(usize::MAX)) };
+            if Self::avx_usable(core) != self.avx {
+                // A rare event: what was translated took the opposite for granted.
+                self.avx = !self.avx;
+                self.clear(core);
+            }
             self.check_mappings(core);
             let index = self.find(core, mode)?;
             let Some(block) = self.blocks.get(index).filter(|b| b.len != 0) else {
@@ -365,7 +383,7 @@ impl Translator {
         let frame = hpa.frame();
         let mut bytes = [0; 4096];
         core.memory.host().read(hpa.page_base(), &mut bytes);
-        let setting = Setting { user: mode.user(), vectors: mode.vectors(), avx: false, host: self.host };
+        let setting = Setting { user: mode.user(), vectors: mode.vectors(), avx: self.avx, host: self.host };
         let offset = hpa.page_offset() as u32;
         let decoded = block::decode(core, &mut self.info, &bytes, offset, setting, self.tight);
         let page = self.blocks.page(core, frame, mode.user());
