@@ -458,15 +458,7 @@ mod tests {
             a.cold(false);
             a.jmp(Target::Arena(0));
         });
-        assert_eq!(
-            got,
-            [
-                "ja near ptr 000000000000000Ch",
-                "nop",
-                "jmp near ptr 0000000000000000h",
-                "jmp near ptr 0000000000000006h"
-            ]
-        );
+        assert_eq!(got, ["ja 000000000000000Ch", "nop", "jmp 0", "jmp 6"]);
     }
 
     #[test]

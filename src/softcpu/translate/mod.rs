@@ -29,6 +29,8 @@ pub mod gates;
 pub mod host_flags;
 pub mod layout;
 pub mod mode;
+#[cfg(test)]
+mod offenders_tests;
 pub mod recode;
 pub mod run;
 pub mod stack;
