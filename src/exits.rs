@@ -62,8 +62,8 @@ impl Machine {
         Ok(Step::Enter(match exit {
             Exit::Fault(fault) => self.fault(fault)?,
             Exit::TableWritten(stores) => self.table_written(stores)?,
-            Exit::Cr3Load { new, keep } => self.load_cr3(*new, *keep),
-            Exit::PagingControl { old, new } => self.paging_control(*old, *new),
+            Exit::Cr3Load { new, keep } => self.load_cr3(**new, *keep),
+            Exit::PagingControl { old, new } => self.paging_control(**old, **new),
             Exit::Invlpg(gva) => self.invlpg(*gva)?,
             Exit::Invpcid { kind, pcid, gva } => {
                 let state = self.cpu.paging_state();

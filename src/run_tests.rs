@@ -266,9 +266,10 @@ fn a_triple_fault_is_a_success_only_where_it_was_asked_for() {
 #[test]
 fn pdptes_are_read_at_a_load_of_cr3_in_pae_mode() {
     let pae = PagingState { cr0: CR0_PG | CR0_PE, cr4: CR4_PAE, cr3: 0x5000, ..PagingState::default() };
-    let load = || Some((1, Exit::Cr3Load { new: pae, keep: false }));
+    let load = || Some((1, Exit::Cr3Load { new: Box::new(pae), keep: false }));
     let wp = PagingState { cr0: pae.cr0 | 1 << 16, pdptes: [1, 2, 3, 4], ..pae };
-    let change = Some((1, Exit::PagingControl { old: PagingState { pdptes: [1, 2, 3, 4], ..pae }, new: wp }));
+    let old = PagingState { pdptes: [1, 2, 3, 4], ..pae };
+    let change = Some((1, Exit::PagingControl { old: Box::new(old), new: Box::new(wp) }));
     for (raw, answer) in [(0x6001u64, Answer::Pdptes([0x6001, 0, 0, 0])), (0x6003, Answer::GeneralProtection)]
     {
         let mut stage = Stage::with(MmuKind::Shadow, vec![load(), change.clone()], |_, _| {});
@@ -364,7 +365,7 @@ fn a_run_goes_on_after_a_limit() {
 #[test]
 fn the_backend_hears_of_a_new_cr3_when_the_instruction_is_complete() {
     let root = PagingState { cr0: CR0_PG | CR0_PE, cr3: 0x7000, ..PagingState::default() };
-    let load = Some((1, Exit::Cr3Load { new: root, keep: false }));
+    let load = Some((1, Exit::Cr3Load { new: Box::new(root), keep: false }));
     let fetch = Exit::Fault(Fault {
         gva: Gva(0x10_0000),
         access: Access::new(AccessKind::Execute, Privilege::Supervisor),

@@ -90,7 +90,9 @@ impl Core {
             return Ok(());
         }
         if self.intercepts.contains(Intercepts::PAGING_CONTROL) {
-            if let Answer::Pdptes(pdptes) = self.ask_or_gp(Exit::PagingControl { old, new })? {
+            if let Answer::Pdptes(pdptes) =
+                self.ask_or_gp(Exit::PagingControl { old: Box::new(old), new: Box::new(new) })?
+            {
                 new.pdptes = pdptes;
             }
             self.paging = new;
@@ -121,7 +123,7 @@ impl Core {
         }
         let mut new = PagingState { cr3, ..self.paging };
         if self.intercepts.contains(Intercepts::CR3_LOAD) {
-            if let Answer::Pdptes(pdptes) = self.ask_or_gp(Exit::Cr3Load { new, keep })? {
+            if let Answer::Pdptes(pdptes) = self.ask_or_gp(Exit::Cr3Load { new: Box::new(new), keep })? {
                 new.pdptes = pdptes;
             }
             self.paging = new;

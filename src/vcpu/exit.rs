@@ -12,7 +12,7 @@ pub struct TableStore {
     pub len: u64,
 }
 
-/// Why control left the guest.
+/// Why control left the guest. It is handed on and kept at every exit, so it is small: what only rare exits say is boxed.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Exit {
     /// A fault for the MMU backend. Answer: `Done` (retry), `PageFault`, `Mmio` or `TableWrite`.
@@ -23,7 +23,7 @@ pub enum Exit {
     /// Answer: `Done`; in PAE mode `Pdptes`, or `GeneralProtection` when they are malformed.
     Cr3Load {
         /// The paging state after the load.
-        new: PagingState,
+        new: Box<PagingState>,
         /// Whether TLB entries of the new PCID are to be kept.
         keep: bool,
     },
@@ -31,9 +31,9 @@ pub enum Exit {
     /// [`Exit::Cr3Load`].
     PagingControl {
         /// The paging state now.
-        old: PagingState,
+        old: Box<PagingState>,
         /// The paging state after the change.
-        new: PagingState,
+        new: Box<PagingState>,
     },
     /// INVLPG (only when intercepted). Answer: `Done`.
     Invlpg(Gva),
@@ -154,3 +154,6 @@ pub enum Entry {
     /// With the answer to the last exit.
     Answer(Answer),
 }
+
+// Beyond this every exit would cost calls to copy it.
+const _: () = assert!(size_of::<Exit>() <= 56);

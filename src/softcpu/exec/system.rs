@@ -242,7 +242,7 @@ fn rdpkru(core: &mut Core, op: &Op) -> Flow {
     let old = core.paging;
     let new = mmu::PagingState { pkru: core.regs[0] as u32, ..old };
     if core.intercepts.contains(Intercepts::PKRU) {
-        core.ask_done(Exit::PagingControl { old, new })?;
+        core.ask_done(Exit::PagingControl { old: Box::new(old), new: Box::new(new) })?;
     } else {
         core.flush_tlb(TlbFlush::All);
     }
