@@ -13,8 +13,8 @@ set -euo pipefail
 export LC_ALL=C
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=benches/engine.sh
-. "$root/benches/engine.sh"
+# shellcheck source=benches/entrants.sh
+. "$root/benches/entrants.sh"
 
 # Where the counts stand in the program's --report file: a heading, then the path of the number, with dots between the keys.
 # A path that the report has not is shown as "?", and the run says so.

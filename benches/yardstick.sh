@@ -14,8 +14,8 @@ set -euo pipefail
 export LC_ALL=C
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck source=benches/engine.sh
-. "$root/benches/engine.sh"
+# shellcheck source=benches/entrants.sh
+. "$root/benches/entrants.sh"
 
 usage() {
     cat <<'TEXT'
@@ -24,6 +24,7 @@ usage: benches/yardstick.sh [options]
   --rounds N         rounds, each of them every entrant once (3)
   --samples N        samples of each kind of work in a round (3); the fastest of all rounds counts
   --scale N          length of a sample: 10 is about half a second, much less measures the console too (10)
+  --time CLOCK       wall, or cpu: what the entrant has had of the host's processors, for a host that is busy (wall)
   --only LIST        names of work, separated by commas (everything; the names: yardstick --list)
   --mmu LIST         MMUs of antumbra, separated by commas (shadow,ept)
   --engine LIST      engines of antumbra's CPU, separated by commas: interpret, translate; all: those it has
@@ -45,11 +46,11 @@ TEXT
 
 fail() { printf 'yardstick.sh: %s\n' "$*" >&2; exit 1; }
 
-rounds=3 samples=3 scale=10 only='' mmu=shadow,ept engine='' memory=256M linux=$root/target/linux kernel='' antumbra=''
+rounds=3 samples=3 scale=10 time=wall only='' mmu=shadow,ept engine='' memory=256M linux=$root/target/linux kernel='' antumbra=''
 yardstick='' machine=pc qemu=qemu-system-x86_64 no_qemu=0 no_native=0 cmdline='' timeout=600
 while [ $# -gt 0 ]; do
     case $1 in
-        --rounds | --samples | --scale | --only | --mmu | --engine | --memory | --linux | --kernel | --antumbra | --yardstick | \
+        --rounds | --samples | --scale | --time | --only | --mmu | --engine | --memory | --linux | --kernel | --antumbra | --yardstick | \
             --machine | --qemu | --cmdline | --timeout)
             [ $# -ge 2 ] || { printf 'yardstick.sh: %s needs a value\n' "$1" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"
@@ -64,6 +65,7 @@ done
 for option in rounds samples scale timeout; do
     [[ ${!option} =~ ^[1-9][0-9]*$ ]] || { echo "yardstick.sh: --$option takes a positive number" >&2; exit 2; }
 done
+[[ $time =~ ^(wall|cpu)$ ]] || { echo "yardstick.sh: --time takes wall or cpu" >&2; exit 2; }
 [[ $memory =~ ^[1-9][0-9]*[KMG]?$ ]] || { echo "yardstick.sh: --memory takes a size such as 512M" >&2; exit 2; }
 
 kernel=${kernel:-$linux/vmlinuz}
@@ -136,30 +138,30 @@ execute() {
             argv=("$antumbra" run --quiet --cpu soft "${argv[@]}" --memory "$memory" --kernel "$kernel"
                 --initramfs "$initramfs" --cmdline "$words -- yardstick $options") ;;
     esac
-    timeout "$timeout" "${argv[@]}" </dev/null
+    with_limit "$timeout" "${argv[@]}"
 }
-
-now() { printf '%s' "${EPOCHREALTIME/./}"; }
 
 # One turn of the entrant $1 in round $2 with $3 units a sample of the work whose names follow. Appends "entrant name kind
 # nanoseconds", the time of an operation, to the results.
 turn() {
-    local entrant=$1 round=$2 line at='' name='' kind='' operations='' done='' status='' log
+    local entrant=$1 round=$2 line process='' at='' name='' kind='' operations='' done='' status='' log
     log=$work/$entrant.$round.$3
     while IFS= read -r line; do
         line=${line%$'\r'}
-        printf '%s\n' "$line" >>"$log.log"
         case $line in
             *'YARDSTICK: begin '*)
-                read -r name kind operations <<<"${line#*YARDSTICK: begin }"
-                at=$(now) ;;
+                read_stamp "$time" "$process"
+                at=$stamp
+                read -r name kind operations <<<"${line#*YARDSTICK: begin }" ;;
             *'YARDSTICK: sample '*)
-                local passed=$(($(now) - at))
-                printf '%s %s %s %s\n' "$entrant" "$name" "$kind" "$((passed * 1000 / operations))" >>"$work/results"
-                at=$(now) ;;
+                read_stamp "$time" "$process"
+                printf '%s %s %s %s\n' "$entrant" "$name" "$kind" $(((stamp - at) / operations)) >>"$work/results"
+                at=$stamp ;;
+            'entrant process '*) process=${line##* } ;;
             *'YARDSTICK: done'*) done=1 ;;
             'yardstick.sh status '*) status=${line##* } ;;
         esac
+        printf '%s\n' "$line" >>"$log.log"
     done < <(
         code=0
         execute "$entrant" "${@:3}" 2>"$log.err" || code=$?
@@ -240,13 +242,13 @@ noise() {
 echo "kernel:   $(basename "$kernel") $(sha256sum <"$kernel" | cut -c1-16)   program: $(sha256sum <"$yardstick" | cut -c1-16)"
 echo "command:  $words"
 echo "machine:  $(nproc) CPUs, load $(cut -d' ' -f1-3 /proc/loadavg); guest memory $memory; rounds $rounds, samples $samples," \
-    "scale $scale"
+    "scale $scale, $time time"
 [ "$no_qemu" = 1 ] || echo "baseline: $("$qemu" --version | head -n 1), $machine, -accel tcg"
 echo
 
 for ((round = 1; round <= rounds; round++)); do
     for entrant in "${entrants[@]}"; do
-        began=$(now)
+        began=$SECONDS
         for kind in compute system; do
             mapfile -t names < <(of_kind "$kind")
             if [ "$entrant" != native ]; then names=("${works[@]}"); fi
@@ -254,7 +256,7 @@ for ((round = 1; round <= rounds; round++)); do
             # One boot for everything.
             if [ "$entrant" != native ]; then break; fi
         done
-        awk "BEGIN { printf \"  round $round  %-17s %8.2f s\n\", \"$entrant\", ($(now) - $began) / 1e6 }"
+        printf '  round %s  %-17s %4s s\n' "$round" "$entrant" $((SECONDS - began))
     done
 done
 
@@ -267,6 +269,7 @@ if [ -n "$(of_kind system)" ]; then
     echo
     table system us/each 1e3 0
     echo "(asked of antumbra: each at most 0.50x qemu)"
+    [ "$time" = wall ] || echo "(native: without the time of child processes)"
 fi
 echo
 echo "The fastest sample counts. Median over fastest, where that is most:$(noise)"

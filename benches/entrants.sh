@@ -1,5 +1,6 @@
-# What the scripts beside it know of antumbra's entrants: which engines of the software CPU there are, and how an entrant is
-# named. Sourced, not run. An entrant is "MMU", with the program's own choice of engine, or "MMU-ENGINE".
+# What the scripts beside it know of their entrants: which engines of antumbra's software CPU there are, how an entrant is named,
+# and how its time is read. Sourced, not run. An entrant of antumbra's is "MMU", with the program's own choice of engine, or
+# "MMU-ENGINE".
 
 # Prints the engines that the program $1 can be asked for, one a line; nothing if it cannot be asked.
 engines_offered() {
@@ -43,4 +44,25 @@ antumbra_entrants() {
 entrant_options() {
     printf '%s\n' --mmu "${2%%-*}"
     case $2 in *-*) [ -z "$(engines_offered "$1")" ] || printf '%s\n' --engine "${2#*-}" ;; esac
+}
+
+# Runs a command with a limit of $1 seconds. The first line that comes out says which process it is: "entrant process N".
+with_limit() {
+    # The words are for the inner shell, which becomes the command.
+    # shellcheck disable=SC2016
+    timeout "$1" bash -c 'printf "entrant process %s\n" "$$"; exec "$@"' with_limit "${@:2}" </dev/null
+}
+
+# Sets `stamp` to the time in nanoseconds by the clock $1: wall, or cpu: what all threads of the process $2 have had of the
+# host's processors. It is a variable because a subshell would take longer than what is measured may be wrong by.
+# The second is what a busy host can be measured by: it knows no waiting for a processor, only for caches and memory.
+stamp=0
+read_stamp() {
+    local account ran
+    stamp=${EPOCHREALTIME/./}000
+    [ "$1" = cpu ] || return 0
+    stamp=0
+    for account in "/proc/$2/task/"*/schedstat; do
+        if read -r ran _ <"$account"; then stamp=$((stamp + ran)); fi
+    done 2>/dev/null
 }
