@@ -31,6 +31,7 @@ usage: benches/boot.sh [options]
 
   --rounds N         rounds, each of them every entrant once (3)
   --workload W       marker: stop at user space; short: 200 fork+exec and files; full: hashing, compression, sorting too (short)
+  --time CLOCK       wall, or cpu: what the entrant has had of the host's processors, for a host that is busy (wall)
   --memory SIZE      guest memory (512M)
   --mmu LIST         MMUs of antumbra, separated by commas (shadow,ept)
   --engine LIST      engines of antumbra's CPU, separated by commas: interpret, translate; all: those it has
@@ -49,11 +50,11 @@ TEXT
 
 fail() { printf 'boot.sh: %s\n' "$*" >&2; exit 1; }
 
-rounds=3 workload=short memory=512M mmu=shadow,ept engine='' linux=$root/target/linux kernel='' antumbra='' machine=pc
+rounds=3 workload=short time=wall memory=512M mmu=shadow,ept engine='' linux=$root/target/linux kernel='' antumbra='' machine=pc
 qemu=qemu-system-x86_64 no_qemu=0 cmdline='' timeout=600
 while [ $# -gt 0 ]; do
     case $1 in
-        --rounds | --workload | --memory | --mmu | --engine | --linux | --kernel | --antumbra | --machine | --qemu | --cmdline | \
+        --rounds | --workload | --time | --memory | --mmu | --engine | --linux | --kernel | --antumbra | --machine | --qemu | --cmdline | \
             --timeout)
             [ $# -ge 2 ] || { printf 'boot.sh: %s needs a value\n' "$1" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"
@@ -66,6 +67,7 @@ while [ $# -gt 0 ]; do
 done
 [[ $rounds =~ ^[1-9][0-9]*$ ]] || { echo "boot.sh: --rounds takes a positive number" >&2; exit 2; }
 [[ $timeout =~ ^[1-9][0-9]*$ ]] || { echo "boot.sh: --timeout takes a positive number" >&2; exit 2; }
+[[ $time =~ ^(wall|cpu)$ ]] || { echo "boot.sh: --time takes wall or cpu" >&2; exit 2; }
 [[ $memory =~ ^[1-9][0-9]*[KMG]?$ ]] || { echo "boot.sh: --memory takes a size such as 512M" >&2; exit 2; }
 
 kernel=${kernel:-$linux/vmlinuz}
@@ -109,32 +111,39 @@ command_of() {
     esac
 }
 
-now() { printf '%s' "${EPOCHREALTIME/./}"; }
-
 # Boots the entrant $1 in round $2 and appends "entrant marker total" in microseconds to the results, and "entrant phase
-# microseconds" to the phases.
+# microseconds" to the phases. Processor time to power-off is all that the process has had, as the shell counts it.
 boot() {
-    local entrant=$1 round=$2 began marker='' ended='' seen='' status='' line argv phase at=''
+    local entrant=$1 round=$2 began marker='' ended='' seen='' status='' line argv phase at='' process='' used=''
     mapfile -t argv < <(command_of "$entrant")
-    began=$(now)
+    began=${EPOCHREALTIME/./}
+    [ "$time" = wall ] || began=0
     # What comes out is kept, to be shown when a boot fails; the status comes as a last line of its own.
     while IFS= read -r line; do
         case $line in
             *'ANTUMBRA: user space reached'*)
-                [ -n "$marker" ] || marker=$(now)
-                at=$marker ;;
+                read_stamp "$time" "$process"
+                marker=${marker:-$((stamp / 1000))} at=$((stamp / 1000)) ;;
             *'ANTUMBRA: phase '*' done'*)
+                read_stamp "$time" "$process"
                 phase=${line#*ANTUMBRA: phase }
-                printf '%s %s %s\n' "$entrant" "${phase%% *}" $(($(now) - at)) >>"$work/phases"
-                at=$(now) ;;
-            *'boot.sh status '*) ended=$(now) status=${line##* } ;;
+                printf '%s %s %s\n' "$entrant" "${phase%% *}" $((stamp / 1000 - at)) >>"$work/phases"
+                at=$((stamp / 1000)) ;;
+            'entrant process '*) process=${line##* } ;;
+            *'boot.sh status '*)
+                ended=${EPOCHREALTIME/./}
+                read -r _ _ status used <<<"$line"
+                [ "$time" = wall ] || ended=$used ;;
         esac
         case $line in *"ANTUMBRA: $last"*) seen=1 ;; esac
         printf '%s\n' "$line" >>"$work/$entrant.$round.log"
     done < <(
         code=0
-        timeout "$timeout" "${argv[@]}" </dev/null 2>"$work/$entrant.$round.err" || code=$?
-        printf '\nboot.sh status %s\n' "$code"
+        with_limit "$timeout" "${argv[@]}" 2>"$work/$entrant.$round.err" || code=$?
+        # The last line is what children have had: minutes and seconds in user mode, and in the kernel.
+        times >"$work/times"
+        used=$(awk 'END { split($0, part, /[ms ]+/); print int((part[1] + part[3]) * 6e7 + (part[2] + part[4]) * 1e6) }' "$work/times")
+        printf '\nboot.sh status %s %s\n' "$code" "$used"
     )
     if [ "$status" != 0 ] || [ -z "$marker" ] || [ -z "$seen" ]; then
         tail -n 20 "$work/$entrant.$round.log" >&2
@@ -186,7 +195,7 @@ summary() {
 
 echo "kernel:   $(basename "$kernel") $(sha256sum <"$kernel" | cut -c1-16)   initramfs: $(sha256sum <"$initramfs" | cut -c1-16)"
 echo "command:  $words"
-echo "machine:  $(nproc) CPUs, load $(cut -d' ' -f1-3 /proc/loadavg); guest memory $memory; rounds $rounds; workload $workload"
+echo "machine:  $(nproc) CPUs, load $(cut -d' ' -f1-3 /proc/loadavg); guest memory $memory; rounds $rounds; workload $workload; $time time"
 [ "$no_qemu" = 1 ] || echo "baseline: $("$qemu" --version | head -n 1), $machine, -accel tcg"
 echo
 
