@@ -15,7 +15,7 @@ use mmu::paging::bits as paging_bits;
 use mmu::{Counter, Counters, Intercepts, PagingState, TableRoot, TlbFlush};
 use std::sync::Arc;
 use vcpu::state::seg;
-use vcpu::{Answer, Exit, Segment, TableRegister, TableStore, VcpuError};
+use vcpu::{Answer, Exit, Segment, TableRegister, TableStores, VcpuError};
 
 bitflags::bitflags! {
     /// What must be looked at before the next instruction.
@@ -169,7 +169,7 @@ pub struct Core {
     /// Guest-physical pages that the nested walk is to find absent, for the instruction under way only.
     pub absent: Vec<mmu::nested::Absent>,
     /// Stores done under [`Answer::TableWrite`].
-    pub table_stores: Vec<TableStore>,
+    pub table_stores: TableStores,
     /// A failure of the engine.
     pub failure: Option<VcpuError>,
     /// Native stubs and vector state.
@@ -227,7 +227,7 @@ impl Core {
             replayed: 0,
             overrides: Vec::new(),
             absent: Vec::new(),
-            table_stores: Vec::new(),
+            table_stores: TableStores::new(),
             failure: None,
             native: crate::vector::Native::default(),
         };

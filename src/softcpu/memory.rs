@@ -18,7 +18,7 @@ use crate::tlb::{TlbMode, TlbSide};
 use crate::width::Width;
 use guestmem::{FrameMark, Gpa, Gva, Hpa, PAGE_SIZE, PageSize};
 use mmu::nested::{NestedFault, NestedMemory, walk_nested};
-use mmu::walk::{HostTables, walk_access};
+use mmu::walk::{HostTables, translate_access};
 use mmu::{Access, AccessKind, Counter, Fault, FaultKind, Intercepts, PageFault, Privilege, TableRoot};
 use vcpu::state::seg;
 use vcpu::{Exit, TableStore, VcpuError};
@@ -304,8 +304,7 @@ impl Core {
 
     /// Writes host memory as the CPU does: without the note that other writers leave, since [`Self::check_code`] saw to it.
     fn write_host(&mut self, hpa: Hpa, data: &[u8]) {
-        if let Some(slice) = self.memory.host().slice(hpa, data.len()) {
-            slice.copy_from(data);
+        if self.memory.host().store(hpa, data) {
             self.memory.host().note_writable(hpa.frame());
         }
     }
@@ -459,10 +458,10 @@ impl Core {
         let (hpa, size, global) = match self.root {
             TableRoot::Shadow { root, format, controls } => {
                 let mut tables = HostTables::new(self.memory.host());
-                let Ok(walked) = walk_access(format, root.0, gva, access, &controls, &mut tables, true);
+                let Ok(result) = translate_access(format, root.0, gva, access, &controls, &mut tables);
                 let references = tables.references;
                 self.counters.add(Counter::WalkReferences, references);
-                match walked.result {
+                match result {
                     Ok(t) => (Hpa(t.physical(lin)), t.size, t.global && controls.global),
                     Err(fault) if self.intercepts.contains(Intercepts::PAGE_FAULT) => {
                         let kind = FaultKind::Page(fault.code);

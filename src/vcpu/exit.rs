@@ -2,6 +2,7 @@
 
 use guestmem::{Gpa, Gva, Hpa};
 use mmu::{Fault, InvpcidKind, PageFault, PagingState};
+use smallvec::SmallVec;
 
 /// A store that a CPU has done to a guest table after [`Answer::TableWrite`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,13 +13,16 @@ pub struct TableStore {
     pub len: u64,
 }
 
+/// The stores of one instruction: nearly always one, so they need no memory of their own.
+pub type TableStores = SmallVec<[TableStore; 2]>;
+
 /// Why control left the guest. It is handed on and kept at every exit, so it is small: what only rare exits say is boxed.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Exit {
     /// A fault for the MMU backend. Answer: `Done` (retry), `PageFault`, `Mmio` or `TableWrite`.
     Fault(Fault),
     /// The stores permitted by `TableWrite` were done; the instruction is complete. Answer: `Done`.
-    TableWritten(Vec<TableStore>),
+    TableWritten(TableStores),
     /// CR3 is about to be loaded (only when intercepted). `new` is the state to be; `keep` is bit 63 of the value.
     /// Answer: `Done`; in PAE mode `Pdptes`, or `GeneralProtection` when they are malformed.
     Cr3Load {

@@ -13,7 +13,7 @@ pub mod pending;
 pub mod state;
 
 pub use cached::CachedTranslation;
-pub use exit::{Answer, Entry, Exit, TableStore};
+pub use exit::{Answer, Entry, Exit, TableStore, TableStores};
 pub use pending::Pending;
 pub use state::{ArchState, Segment, TableRegister};
 
