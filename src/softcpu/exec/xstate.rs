@@ -321,3 +321,7 @@ pub fn select(insn: &Instruction, op: &mut Op) -> Option<Selected> {
 #[cfg(test)]
 #[path = "xstate_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "xstate_host_tests.rs"]
+mod host_tests;

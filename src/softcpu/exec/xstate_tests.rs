@@ -1,34 +1,31 @@
-//! Areas of extended state: what is stored, what is loaded, what is refused, and the same on the host's own processor.
-
-#![allow(unsafe_code, reason = "saves and restores the state of the host's processor, to compare with it")]
+//! Areas of extended state: what is stored, what is loaded, what is refused.
 
 use super::*;
 use crate::oracle::machine::{ALL, Machine, Mode, P, RW, Trap};
-use proptest::prelude::*;
 use vcpu::{ArchState, Entry, Exit, Vcpu};
 
 const BASE: u64 = 0x4000_0000;
-const CODE: u64 = BASE + 0x1000;
-const AREA: u64 = BASE + 0x2_0000;
+pub(super) const CODE: u64 = BASE + 0x1000;
+pub(super) const AREA: u64 = BASE + 0x2_0000;
 const OTHER: u64 = BASE + 0x4_0000;
 const ON: u64 = CR4_OSXSAVE | 1 << 9;
 
 /// Instructions on the area at RDI.
-const XSAVE: &[u8] = &[0x48, 0x0f, 0xae, 0x27];
+pub(super) const XSAVE: &[u8] = &[0x48, 0x0f, 0xae, 0x27];
 const XSAVE32: &[u8] = &[0x0f, 0xae, 0x27];
-const XRSTOR: &[u8] = &[0x48, 0x0f, 0xae, 0x2f];
+pub(super) const XRSTOR: &[u8] = &[0x48, 0x0f, 0xae, 0x2f];
 const XRSTOR32: &[u8] = &[0x0f, 0xae, 0x2f];
 const XSAVEOPT: &[u8] = &[0x48, 0x0f, 0xae, 0x37];
-const XSAVEC: &[u8] = &[0x48, 0x0f, 0xc7, 0x27];
+pub(super) const XSAVEC: &[u8] = &[0x48, 0x0f, 0xc7, 0x27];
 const XGETBV_CODE: &[u8] = &[0x0f, 0x01, 0xd0];
 const XSETBV_CODE: &[u8] = &[0x0f, 0x01, 0xd1];
 
-fn machine() -> Machine {
+pub(super) fn machine() -> Machine {
     Machine::new(BASE, |_| ALL).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// A state with every switch on, about to execute `code` on the area with `mask` in EDX:EAX.
-fn state(m: &Machine, mode: Mode, code: &[u8], mask: u64) -> ArchState {
+pub(super) fn state(m: &Machine, mode: Mode, code: &[u8], mask: u64) -> ArchState {
     m.write(CODE, code);
     let mut state = m.state(mode, 0, CODE);
     (state.gprs[0], state.gprs[2], state.gprs[7]) = (mask & 0xffff_ffff, mask >> 32, AREA);
@@ -61,17 +58,17 @@ fn step(m: &mut Machine, state: &ArchState) -> (ArchState, Option<Trap>) {
     (m.cpu.state(), m.trap())
 }
 
-fn done(m: &mut Machine, state: &ArchState) -> ArchState {
+pub(super) fn done(m: &mut Machine, state: &ArchState) -> ArchState {
     let (after, trap) = step(m, state);
     assert_eq!(trap, None);
     after
 }
 
-fn area_of(m: &Machine) -> [u8; 1024] {
+pub(super) fn area_of(m: &Machine) -> [u8; 1024] {
     m.bytes(AREA, 1024).try_into().unwrap_or([0; 1024])
 }
 
-fn word_of(area: &[u8], at: usize) -> u64 {
+pub(super) fn word_of(area: &[u8], at: usize) -> u64 {
     area[at..at + 8].iter().rev().fold(0, |v, &byte| v << 8 | u64::from(byte))
 }
 
@@ -351,136 +348,4 @@ fn xcr0_takes_what_makes_sense() {
     (user.cr4, user.gprs[0], user.xcr0, user.ticks) = (user.cr4 | ON, 3, 1, 0);
     let (after, trap) = step(&mut m, &user);
     assert_eq!((trap.map(|t| t.vector), after.xcr0), (Some(13), 1));
-}
-
-/// An area that the host may read.
-#[repr(C, align(64))]
-#[derive(Clone)]
-struct Room<const N: usize>([u8; N]);
-
-/// Restores `area` with one mask over a known state and saves with another into `out`, on the host's processor.
-fn on_the_host(
-    start: &Room<1024>,
-    area: &Room<1024>,
-    out: &mut Room<1024>,
-    masks: (u32, u32),
-    compacted: bool,
-) {
-    let mut own = Box::new(Room([0u8; 1 << 15]));
-    // SAFETY: the host has XSAVEC and AVX (the caller asked), the areas are aligned and large enough for what the masks
-    // name, whose headers are good; the state that the compiler knows of is back at the end.
-    unsafe {
-        std::arch::asm!(
-            "mov eax, -1", "mov edx, -1", "xsave64 [{own}]",
-            "mov eax, 7", "xor edx, edx", "xrstor64 [{start}]",
-            "mov eax, {first:e}", "xrstor64 [{area}]",
-            "mov eax, {second:e}",
-            "test {compacted:e}, {compacted:e}", "jnz 2f", "xsave64 [{out}]", "jmp 3f",
-            "2:", "xsavec64 [{out}]", "3:",
-            "mov eax, -1", "mov edx, -1", "xrstor64 [{own}]",
-            own = in(reg) own.0.as_mut_ptr(),
-            start = in(reg) start.0.as_ptr(),
-            area = in(reg) area.0.as_ptr(),
-            out = in(reg) out.0.as_mut_ptr(),
-            first = in(reg) masks.0,
-            second = in(reg) masks.1,
-            compacted = in(reg) u32::from(compacted),
-            out("rax") _,
-            out("rdx") _,
-        );
-    }
-}
-
-fn host_has_all() -> bool {
-    is_x86_feature_detected!("avx")
-        && is_x86_feature_detected!("xsavec")
-        // SAFETY: every x86-64 processor has CPUID; the areas of all its components fit.
-        && std::arch::x86_64::__cpuid_count(0xd, 0).ebx <= 1 << 15
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
-
-    #[test]
-    fn areas_are_those_of_the_host(
-        bytes in proptest::collection::vec(any::<u8>(), 1024),
-        zero in proptest::collection::vec(any::<bool>(), 3),
-        components in 0u64..8,
-        first in 0u32..8,
-        second in 0u32..8,
-        compacted_in: bool,
-        compacted_out: bool,
-    ) {
-        if !host_has_all() {
-            println!("SKIP: the host has no XSAVEC");
-            return Ok(());
-        }
-        let mut m = machine();
-        // What the processor holds for reserved parts is one value; what is in use is then what is not initial.
-        let mut area = Room([0u8; 1024]);
-        area.0.copy_from_slice(&bytes);
-        area.0[0..2].copy_from_slice(&(u16::from_le_bytes([bytes[0], bytes[1]]) & 0xf00 | 0x37f).to_le_bytes());
-        area.0[2..4].copy_from_slice(&[bytes[2] & 0x3f, bytes[3] & 0x3f]);
-        (area.0[5], area.0[7]) = (0, bytes[7] & 7);
-        area.0[24..32].copy_from_slice(&[bytes[24], bytes[25], 0, 0, 0xff, 0xff, 0, 0]);
-        // Canonical pointers.
-        area.0[14..16].fill(0);
-        area.0[22..24].fill(0);
-        area.0[13] &= 0x7f;
-        area.0[21] &= 0x7f;
-        for register in 0..8 {
-            area.0[42 + 16 * register..48 + 16 * register].fill(0);
-        }
-        if zero[0] {
-            area.0[..24].fill(0);
-            area.0[..2].copy_from_slice(&[0x7f, 3]);
-            area.0[32..160].fill(0);
-        }
-        if zero[1] {
-            area.0[160..416].fill(0);
-            area.0[24..26].copy_from_slice(&[0x80, 0x1f]);
-        }
-        if zero[2] {
-            area.0[576..832].fill(0);
-        }
-        area.0[512..576].fill(0);
-        area.0[512] = components as u8;
-        if compacted_in {
-            (area.0[520], area.0[527]) = (7, 0x80);
-        }
-        let before = state(&m, Mode::Long, XSAVE, 7);
-        m.write(AREA, &[0; 1024]);
-        done(&mut m, &before);
-        let start = Room(area_of(&m));
-        m.write(AREA, &area.0);
-        let mut restoring = before.clone();
-        restoring.gprs[0] = first.into();
-        m.write(CODE, XRSTOR);
-        let restored = done(&mut m, &restoring);
-        m.write(AREA, &[0xcc; 1024]);
-        m.write(AREA + 512, &[0; 64]);
-        let mut saving = ArchState { rip: CODE, ticks: 0, ..restored };
-        saving.gprs[0] = second.into();
-        m.write(CODE, if compacted_out { XSAVEC } else { XSAVE });
-        done(&mut m, &saving);
-        let mut out = Room([0xcc; 1024]);
-        out.0[512..576].fill(0);
-        on_the_host(&start, &area, &mut out, (first, second), compacted_out);
-        let (ours, theirs) = (area_of(&m), out.0);
-        // Processors may keep a component marked as used that has become initial.
-        let (kept, kept_there) = (word_of(&ours, 512), word_of(&theirs, 512));
-        prop_assert_eq!(kept & !kept_there, 0, "in use here and not there");
-        let more = kept_there & !kept;
-        // Nor do all keep the pointers to the last x87 instruction while no exception is pending.
-        for i in (0..6).chain(24..28).chain(32..512).chain(520..832) {
-            let component = match i {
-                0..6 | 32..160 => 1,
-                24..28 | 160..416 => 2,
-                576..832 => 4,
-                _ => 0,
-            };
-            let skipped = compacted_out && more & component != 0;
-            prop_assert!(skipped || ours[i] == theirs[i], "byte {}: {:#x}, the host {:#x}", i, ours[i], theirs[i]);
-        }
-    }
 }

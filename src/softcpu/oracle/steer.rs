@@ -144,7 +144,8 @@ pub fn gather(case: &mut Case, insn: &Instruction, bits: u32, to: u64, random: &
     let (index, mask) = (insn.memory_index().number(), insn.op2_register().number());
     for element in 0..32 / size {
         let far = if random.one_in(16) { 0x1000 } else { 96 };
-        let value = start.wrapping_add(random.below(2 * far).wrapping_sub(far) / scale.max(1) * 1);
+        let away = (random.below(2 * far) as i64 - far as i64) / scale as i64;
+        let value = start.wrapping_add_signed(away);
         let value = if random.one_in(40) { random.value() } else { value };
         for (i, byte) in value.to_le_bytes()[..size].iter().enumerate() {
             case.set_vector_byte(index, element * size + i, *byte);
