@@ -1,14 +1,16 @@
-//! A stock Linux kernel and memtest86+, unmodified, on each backend.
+//! A stock Linux kernel and memtest86+, unmodified, on each backend; translated, and interpreted where the two are compared.
 //!
 //! The files are made by `guests/linux/make.sh --memtest --vmlinux`; `ANTUMBRA_LINUX_DIR` says where they are, and
 //! `target/linux` is looked into without it. Where there are none, these tests say so and pass, except where `CI` is set.
 
 mod common;
 
+use antumbra::lockstep::SideSettings;
 use antumbra::{End, Limits, Lockstep, LockstepOptions, MachineConfig, MmuKind};
 use common::{Ran, run};
 use guestmem::Policy;
 use mmu::Counter;
+use softcpu::EngineKind;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::LazyLock;
@@ -42,7 +44,7 @@ fn boot(mmu: MmuKind, memory: u64, words: &str) -> Option<MachineConfig> {
         cmdline: format!("{WORDS} {words}"),
         memory,
         limits: Limits { instructions: Some(LIMIT), seconds: None },
-        ..MachineConfig::new("vmlinuz", file("vmlinuz")?).with_mmu(mmu)
+        ..MachineConfig::new("vmlinuz", file("vmlinuz")?).with_mmu(mmu).with_engine(EngineKind::Translate)
     })
 }
 
@@ -147,7 +149,7 @@ on_each_backend! {
                 cmdline: "console=ttyS0,115200 nopause nobench nosm nosmp nobigstatus keyboard=legacy".into(),
                 memory: 8 << 20,
                 limits: Limits { instructions: Some(2_200_000_000), seconds: None },
-                ..MachineConfig::new(image, kernel).with_mmu(mmu)
+                ..MachineConfig::new(image, kernel).with_mmu(mmu).with_engine(EngineKind::Translate)
             });
             assert!(matches!(ran.end(), End::InstructionLimit { .. }), "{image}: {}", ran.end());
             let screen = without_escapes(&ran.serial);
@@ -179,26 +181,45 @@ fn both_backends_give_the_kernel_the_same_machine() {
     assert!(cost(ept, Counter::WalkReferences) > cost(shadow, Counter::WalkReferences));
 }
 
-/// A whole boot under both backends at once, compared after every 100,000 instructions.
-fn lockstep(policy: Policy) {
+#[test]
+fn both_engines_give_the_kernel_the_same_machine_and_leave_it_alike() {
+    for mmu in MmuKind::ALL {
+        let (Some(translated), Some(config)) = (reference(mmu), boot(mmu, 256 << 20, "")) else { return };
+        let interpreted = run(config.with_engine(EngineKind::Interpret));
+        assert_eq!(translated.exits(), interpreted.exits(), "{}", mmu.name());
+    }
+}
+
+/// A whole boot on two machines at once, compared after every so many instructions.
+fn lockstep(left: &str, right: &str, every: u64) {
     let Some(base) = boot(MmuKind::Shadow, 256 << 20, "antumbra.forks=50") else { return };
-    let left = MachineConfig { policy, ..base };
-    let right = left.clone().with_mmu(MmuKind::Ept);
-    let report = Lockstep::new(left, right, LockstepOptions::default()).unwrap().run().unwrap();
+    let [left, right] = [left, right].map(|text| {
+        let mut config = base.clone();
+        text.parse::<SideSettings>().unwrap().apply(&mut config).unwrap();
+        config
+    });
+    let options = LockstepOptions { every, ..LockstepOptions::default() };
+    let report = Lockstep::new(left, right, options).unwrap().run().unwrap();
     assert!(report.difference.is_none(), "{}", report.text());
     assert_eq!(report.end, Some(End::PowerOff), "{}", report.text());
-    assert!(report.stops >= report.instructions / 100_000 && report.stops > 1000, "{}", report.text());
-    assert!(report.translations.compared > 1_000_000, "{}", report.text());
+    assert!(report.stops >= report.instructions / every && report.stops > 100, "{}", report.text());
+    assert!(report.translations.compared > report.stops * 200, "{}", report.text());
 }
 
 #[test]
 fn a_boot_is_the_same_in_lockstep_in_linear_memory() {
-    lockstep(Policy::Linear);
+    lockstep("mmu=shadow", "mmu=ept", 100_000);
 }
 
 #[test]
-fn a_boot_is_the_same_in_lockstep_in_scattered_memory() {
-    lockstep(Policy::Scatter { seed: 99 });
+fn a_boot_is_the_same_in_lockstep_in_scattered_memory_and_with_the_other_engine() {
+    lockstep("mmu=shadow,policy=scatter:99", "mmu=ept,policy=scatter:99,engine=interpret", 100_000);
+}
+
+/// The stops are far apart, so that nearly all code runs translated.
+#[test]
+fn a_boot_is_the_same_in_lockstep_with_both_engines() {
+    lockstep("mmu=shadow,engine=interpret", "mmu=shadow,engine=translate", 1_000_003);
 }
 
 #[test]

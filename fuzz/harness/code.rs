@@ -1,7 +1,7 @@
 //! Target `code`: bytes executed as instructions, in every mode, on the whole machine of [`crate::seat`] under both MMU
-//! backends. Nothing may panic, fail, or run on without limit; the backend's audit must hold at the end; the same run must
-//! repeat to the last count. And where no table was changed, so that no TLB can hold a translation of before, both
-//! backends must leave the same registers and the same memory.
+//! backends and with both engines. Nothing may panic, fail, or run on without limit; the backend's audit must hold at the
+//! end; the same run must repeat to the last count. And where no table was changed, so that no TLB can hold a translation of
+//! before, all of them must leave the same registers and the same memory.
 
 use crate::seat::{CODE_LEN, Mode, Seat, Seated};
 use crate::take::Take;
@@ -9,7 +9,7 @@ use crate::{Reached, Target};
 use antumbra::{End, Limits, Machine, MachineConfig, MmuKind, Report, Wiring};
 use guestmem::{Gpa, Policy};
 use mmu::Counter;
-use softcpu::CpuModel;
+use softcpu::{CpuModel, EngineKind};
 use vcpu::ArchState;
 
 /// The target.
@@ -44,17 +44,17 @@ struct Ran {
     counts: [(&'static str, u64); 4],
 }
 
-fn run(seat: Seat, policy: Policy, image: &[u8], mmu: MmuKind) -> Ran {
+fn run(seat: Seat, policy: Policy, image: &[u8], mmu: MmuKind, engine: EngineKind) -> Ran {
     let config = MachineConfig {
         memory: MEMORY,
         policy,
         table_memory: 512 << 10,
         limits: Limits { instructions: Some(INSTRUCTIONS), seconds: None },
-        ..MachineConfig::new("code", image.to_vec()).with_mmu(mmu)
+        ..MachineConfig::new("code", image.to_vec()).with_mmu(mmu).with_engine(engine)
     };
     let model = CpuModel::default();
     let mut machine = Machine::with_cpu(config, Wiring::default(), model.tsc_hz(), |memory| {
-        Ok(Box::new(Seated::new(memory, model, seat)?))
+        Ok(Box::new(Seated::new(memory, model, engine, seat)?))
     })
     .unwrap_or_else(|error| panic!("the machine could not be built: {error}"));
     let ended = machine.run();
@@ -76,15 +76,24 @@ fn run(seat: Seat, policy: Policy, image: &[u8], mmu: MmuKind) -> Ran {
     Ran { end, report, state: machine.cpu().state(), memory, steady: sum(&changes) == 0, counts }
 }
 
-/// Under one backend, twice.
-fn repeat(seat: Seat, policy: Policy, image: &[u8], mmu: MmuKind) -> Ran {
-    let [first, second] = [(); 2].map(|()| run(seat, policy, image, mmu));
+/// Under one backend: translated twice, and interpreted.
+fn repeat(seat: Seat, policy: Policy, image: &[u8], mmu: MmuKind) -> [Ran; 2] {
+    let [first, second] = [(); 2].map(|()| run(seat, policy, image, mmu, EngineKind::Translate));
     let context = || format!("{} under {seat:?}, {policy:?}", mmu.name());
     assert_eq!(first.end, second.end, "{} ends anew", context());
     assert_eq!(first.report.counts, second.report.counts, "{} counts anew", context());
     assert_eq!(first.state, second.state, "{} leaves other registers", context());
     assert!(first.memory == second.memory, "{} leaves another memory", context());
-    first
+    [first, run(seat, policy, image, mmu, EngineKind::Interpret)]
+}
+
+/// Two runs of what must be one guest.
+fn same(a: &Ran, b: &Ran, context: &str) {
+    assert_eq!(a.end, b.end, "{context}");
+    assert_eq!(a.state, b.state, "{context}");
+    if let Some(gpa) = a.memory.iter().zip(&b.memory).position(|(a, b)| a != b) {
+        panic!("{context}: byte {gpa:#x} is {:#x} and {:#x}", a.memory[gpa], b.memory[gpa]);
+    }
 }
 
 /// What one byte says of the policy: frames in order, at first touch, or shuffled.
@@ -103,8 +112,8 @@ pub fn code(data: &[u8]) -> Reached {
     let seat = Seat { mode, options: take.u8() };
     let policy = policy(take.u8());
     let image = seat.image(take.rest());
-    let shadow = repeat(seat, policy, &image, MmuKind::Shadow);
-    let ept = repeat(seat, policy, &image, MmuKind::Ept);
+    let [shadow, interpreted] = repeat(seat, policy, &image, MmuKind::Shadow);
+    let [ept, interpreted_ept] = repeat(seat, policy, &image, MmuKind::Ept);
 
     let mut reached = Reached::default();
     let instructions = shadow.report.counts.instructions;
@@ -115,12 +124,13 @@ pub fn code(data: &[u8]) -> Reached {
         reached.add(place, times);
     }
     if shadow.steady {
-        let context = || format!("shadow and ept differ under {seat:?}, {policy:?}");
-        assert_eq!(shadow.end, ept.end, "{}", context());
-        assert_eq!(shadow.state, ept.state, "{}", context());
-        let differs = shadow.memory.iter().zip(&ept.memory).position(|(a, b)| a != b);
-        if let Some(gpa) = differs {
-            panic!("{}: byte {gpa:#x} is {:#x} and {:#x}", context(), shadow.memory[gpa], ept.memory[gpa]);
+        let context = format!("{seat:?}, {policy:?}");
+        same(&shadow, &interpreted, &format!("translated and interpreted differ in shadow, {context}"));
+        same(&ept, &interpreted_ept, &format!("translated and interpreted differ in ept, {context}"));
+        same(&shadow, &ept, &format!("shadow and ept differ, {context}"));
+        let exits = [(&shadow, &interpreted), (&ept, &interpreted_ept)];
+        for (translated, interpreted) in exits.map(|(a, b)| (a.report.counts.exits, b.report.counts.exits)) {
+            assert_eq!(translated, interpreted, "exits of translated and interpreted code, {context}");
         }
         reached.note("backends compared");
     }

@@ -8,7 +8,7 @@
 
 use guestmem::GuestMemory;
 use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
-use softcpu::{CpuModel, SoftCpu};
+use softcpu::{CpuModel, EngineKind, SoftCpu};
 use std::sync::Arc;
 use vcpu::state::seg;
 use vcpu::{ArchState, Entry, Exit, Segment, TableRegister, Vcpu, VcpuError};
@@ -317,9 +317,14 @@ pub struct Seated {
 }
 
 impl Seated {
-    /// A CPU over this memory.
-    pub fn new(memory: Arc<GuestMemory>, model: CpuModel, seat: Seat) -> Result<Self, VcpuError> {
-        Ok(Self { cpu: SoftCpu::new(memory, model)?, seat: Some(seat) })
+    /// A CPU over this memory, with this engine.
+    pub fn new(
+        memory: Arc<GuestMemory>,
+        model: CpuModel,
+        engine: EngineKind,
+        seat: Seat,
+    ) -> Result<Self, VcpuError> {
+        Ok(Self { cpu: SoftCpu::with_engine(memory, model, engine)?, seat: Some(seat) })
     }
 }
 
@@ -347,6 +352,9 @@ impl Vcpu for Seated {
     }
     fn can_take_interrupt(&self) -> bool {
         self.cpu.can_take_interrupt()
+    }
+    fn is_delivering(&self) -> bool {
+        self.cpu.is_delivering()
     }
     fn inject_interrupt(&mut self, vector: u8) {
         self.cpu.inject_interrupt(vector);

@@ -44,8 +44,17 @@ pub struct Case {
 impl Case {
     /// The case of a seed.
     pub fn new(mode: Mode, seed: u64) -> Self {
+        Self::make(mode, seed, false)
+    }
+
+    /// The case of a seed whose page tables are out of reach, so that it can be run for long between two looks.
+    pub fn for_strides(mode: Mode, seed: u64) -> Self {
+        Self::make(mode, seed, true)
+    }
+
+    fn make(mode: Mode, seed: u64, always_still: bool) -> Self {
         let choose = &mut Choose::from_seed(seed);
-        let still = choose.once_in(5);
+        let still = choose.once_in(5) || always_still;
         let pieces = (0..3 + choose.below(14)).map(|_| snippets::piece(&mode, choose, still)).collect();
         let inside = Mode { cpl: 0, v86: false, bits: handler_bits(&mode), ..mode };
         let handlers = (0..32)
