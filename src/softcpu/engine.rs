@@ -398,7 +398,6 @@ impl SoftCpu {
 
     /// Lets translated code run up to the very deadline, and single instructions too: for tests.
     #[cfg(test)]
-    #[allow(dead_code, reason = "the instruction oracle's second engine is in the making")]
     pub(crate) fn set_tight(&mut self, tight: bool) {
         if let Some(translator) = &mut self.translator {
             translator.set_tight(&mut self.core, tight);

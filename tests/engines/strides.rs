@@ -112,6 +112,9 @@ fn run(program: &Program, engine: EngineKind, mmu: MmuKind, strides: Strides) ->
         machine.memory().read(Gpa(part.start), bytes).map_err(|e| e.to_string())?;
     }
     let counters = machine.counters();
+    if engine == EngineKind::Translate && matches!(strides, Strides::First(u64::MAX)) {
+        assert!(counters.get(Counter::BlocksTranslated) > 0, "{}: nothing was translated", program.name);
+    }
     let exits = CAUSES.iter().chain(&OUTCOMES).map(|&c| (c, counters.get(c))).collect();
     Ok(Course { states, end, memory, exits })
 }

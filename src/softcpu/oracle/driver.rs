@@ -3,7 +3,7 @@
 
 use super::compare::{Difference, differences, disassembly, report};
 use super::family::Family;
-use super::guest::{Engine, Executed, Guest, strayed};
+use super::guest::{Build, Engine, Executed, Guest, strayed};
 use super::opcodes::Opcodes;
 use super::place::{Case, origin};
 use super::scenario::{Body, Scenario, kind};
@@ -51,8 +51,8 @@ pub struct Wrong {
 
 impl<E: Engine> World<E> {
     /// Starts both sides. Fails where the host executes no code of that size.
-    pub fn start(bits: u32, model: &CpuModel, strict: bool) -> Result<Self, Failure> {
-        let guest = Guest::new(bits, model)?;
+    pub fn start(bits: u32, model: &CpuModel, strict: bool, build: Build<E>) -> Result<Self, Failure> {
+        let guest = Guest::new(bits, model, build)?;
         let opcodes = Opcodes::new(bits, model);
         let mut silicon = Silicon::start(bits)?;
         // Executes nothing, which shows that the way there and back exists.
@@ -208,11 +208,11 @@ pub struct Worlds<E> {
 }
 
 impl<E: Engine> Worlds<E> {
-    /// Starts all.
-    pub fn start(model: &CpuModel, strict: bool) -> Result<Self, Failure> {
+    /// Starts all, with CPUs that are built so.
+    pub fn start(model: &CpuModel, strict: bool, build: Build<E>) -> Result<Self, Failure> {
         let (mut list, mut skipped) = (Vec::new(), Vec::new());
         for bits in [64, 32, 16] {
-            match World::start(bits, model, strict) {
+            match World::start(bits, model, strict, build) {
                 Ok(world) => list.push(world),
                 // Kernels can be built, and sandboxes told, to let processes have 64-bit code only.
                 Err(e) if bits != 64 => skipped.push(format!("this host executes no {bits}-bit code ({e})")),

@@ -1,10 +1,10 @@
 //! What the oracle has found in the software CPU: a test for each, which needs no host.
 
-use super::guest::{EXACT_SLICE, Executed, Guest};
+use super::guest::{Build, EXACT_SLICE, Executed, Guest, interpreting, translating};
 use super::place::{CODE, CODE_LEN, Case, DATA, MEMORY_LEN, READ_ONLY, READ_ONLY_END, Trap, origin};
 use super::random::PLAIN_IMAGE;
+use crate::CpuModel;
 use crate::flags::bit::AC;
-use crate::{CpuModel, SoftCpu};
 
 /// A state about to execute `code`.
 fn case(bits: u32, code: &[u8]) -> Case {
@@ -26,10 +26,17 @@ fn case(bits: u32, code: &[u8]) -> Case {
     case
 }
 
+/// Runs the case on both engines, which must leave the same.
 fn run(bits: u32, case: &mut Case) {
-    let mut guest = Guest::<SoftCpu>::new(bits, &CpuModel::default()).unwrap_or_else(|e| panic!("{e}"));
-    let executed = guest.execute(case, true, EXACT_SLICE).unwrap_or_else(|e| panic!("{e}"));
-    assert!(matches!(executed, Executed::Done { .. }));
+    let mut translated = case.clone();
+    for (build, case) in [(interpreting as Build<_>, &mut *case), (translating, &mut translated)] {
+        let mut guest = Guest::new(bits, &CpuModel::default(), build).unwrap_or_else(|e| panic!("{e}"));
+        let executed = guest.execute(case, true, EXACT_SLICE).unwrap_or_else(|e| panic!("{e}"));
+        assert!(matches!(executed, Executed::Done { .. }));
+    }
+    assert_eq!((translated.gprs, translated.rflags, translated.rip), (case.gprs, case.rflags, case.rip));
+    assert_eq!((translated.trap, translated.memory), (case.trap, case.memory));
+    assert!(translated.fx == case.fx && translated.code == case.code);
 }
 
 #[test]

@@ -9,27 +9,37 @@ use super::place::{
     ARENA, BASE, CODE, CODE_END, Case, DATA, DATA_LEN, FS_BASE, GS_BASE, READ_ONLY, READ_ONLY_END, SLED,
     SPANS, Trap, origin, pattern,
 };
-use crate::CpuModel;
+use crate::{CpuModel, EngineKind, SoftCpu};
 use guestmem::{GuestMemory, PAGE_SIZE};
 use std::sync::Arc;
 use vcpu::state::seg;
 use vcpu::{ArchState, Entry, Exit, Vcpu, VcpuError};
 
-/// A CPU that can be put under test. A new engine implements this and gets every family.
+/// Makes a CPU of a model in a machine with this memory.
+pub type Build<E> = fn(Arc<GuestMemory>, CpuModel) -> Result<E, VcpuError>;
+
+/// A CPU that can be put under test: it gets every family.
 pub trait Engine: Vcpu + Sized {
-    /// A CPU of `model` in a machine with this memory.
-    fn build(memory: Arc<GuestMemory>, model: CpuModel) -> Result<Self, VcpuError>;
     /// Replaces the architectural state and keeps what was made of code so far, as a task switch would.
     fn resume_with(&mut self, state: &ArchState);
 }
 
-impl Engine for crate::SoftCpu {
-    fn build(memory: Arc<GuestMemory>, model: CpuModel) -> Result<Self, VcpuError> {
-        Self::new(memory, model)
-    }
+impl Engine for SoftCpu {
     fn resume_with(&mut self, state: &ArchState) {
         self.set_registers(state);
     }
+}
+
+/// The software CPU that interprets.
+pub fn interpreting(memory: Arc<GuestMemory>, model: CpuModel) -> Result<SoftCpu, VcpuError> {
+    SoftCpu::with_engine(memory, model, EngineKind::Interpret)
+}
+
+/// The one that translates, single instructions too, and up to the very deadline.
+pub fn translating(memory: Arc<GuestMemory>, model: CpuModel) -> Result<SoftCpu, VcpuError> {
+    let mut cpu = SoftCpu::with_engine(memory, model, EngineKind::Translate)?;
+    cpu.set_tight(true);
+    Ok(cpu)
 }
 
 /// What became of a case.
@@ -72,9 +82,9 @@ fn rights(linear: u64) -> u64 {
 }
 
 impl<E: Engine> Guest<E> {
-    /// A guest that executes `bits`-bit code.
-    pub fn new(bits: u32, model: &CpuModel) -> Result<Self, Box<dyn std::error::Error>> {
-        let machine = Machine::with(BASE, rights, |memory| E::build(memory, model.clone()))?;
+    /// A guest that executes `bits`-bit code on a CPU that is built so.
+    pub fn new(bits: u32, model: &CpuModel, build: Build<E>) -> Result<Self, Box<dyn std::error::Error>> {
+        let machine = Machine::with(BASE, rights, |memory| build(memory, model.clone()))?;
         let mode = if bits == 64 { Mode::Long } else { Mode::Compatibility };
         let mut template = machine.state(mode, 3, 0);
         if bits == 16 {

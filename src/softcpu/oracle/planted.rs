@@ -4,7 +4,7 @@
 use super::driver::Worlds;
 use super::family::{Family, family};
 use super::flow::arithmetic;
-use super::guest::Engine;
+use super::guest::{Engine, interpreting};
 use super::opcodes::Opcodes;
 use super::random::Random;
 use super::tally::Tally;
@@ -22,9 +22,6 @@ use vcpu::{ArchState, Entry, Exit, Vcpu, VcpuError};
 struct Planted(SoftCpu);
 
 impl Engine for Planted {
-    fn build(memory: Arc<GuestMemory>, model: CpuModel) -> Result<Self, VcpuError> {
-        SoftCpu::build(memory, model).map(Self)
-    }
     fn resume_with(&mut self, state: &ArchState) {
         self.0.resume_with(state);
     }
@@ -79,9 +76,13 @@ impl Vcpu for Planted {
     }
 }
 
+fn planted(memory: Arc<GuestMemory>, model: CpuModel) -> Result<Planted, VcpuError> {
+    interpreting(memory, model).map(Planted)
+}
+
 #[test]
 fn a_planted_fault_is_found_and_made_small() {
-    let mut worlds = Worlds::<Planted>::start(&CpuModel::default(), false).unwrap_or_else(|e| panic!("{e}"));
+    let mut worlds = Worlds::start(&CpuModel::default(), false, planted).unwrap_or_else(|e| panic!("{e}"));
     let (mut tally, mut seeds) = (Tally::default(), Random::new(1));
     let found = (0..20_000).find_map(|_| {
         let seed = seeds.next();
