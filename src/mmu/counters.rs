@@ -73,6 +73,7 @@ counters! {
 
     // The translator's.
     BlocksTranslated "blocks_translated" "blocks translated";
+    TranslatedBytesPeak "translated_bytes_peak" "bytes of translated code, at most";
     TranslatedLink "translated_link" "translated code left: direct branch not linked";
     TranslatedIndirect "translated_indirect" "translated code left: indirect branch not cached";
     TranslatedBudget "translated_budget" "translated code left: deadline near";
@@ -138,6 +139,12 @@ impl Counters {
     #[inline]
     pub fn count(&mut self, counter: Counter) {
         self.0[counter as usize] += 1;
+    }
+
+    /// Puts a number back to what it was.
+    #[inline]
+    pub fn set(&mut self, counter: Counter, n: u64) {
+        self.0[counter as usize] = n;
     }
 
     /// Counts `n`.

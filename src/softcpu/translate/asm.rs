@@ -1,7 +1,7 @@
 //! A small assembler for the fixed sequences around the guest's own instructions: checks, exits, entries.
 //!
 //! Where it stands in the path of one access: it writes the eight instructions of which a TLB hit consists
-//! ([`super::access`]). Encoding whole instructions is left to iced-x86; these sequences come several to each guest
+//! ([`super::emit`]). Encoding whole instructions is left to iced-x86; these sequences come several to each guest
 //! instruction, and bytes are some hundred times cheaper than the general encoder. A unit test decodes every form.
 //!
 //! Code has two parts, hot and cold; cold parts (misses, exits) are placed behind all the hot ones.

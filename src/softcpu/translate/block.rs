@@ -272,24 +272,28 @@ impl Emission<'_, '_> {
     pub fn block(&mut self, core: &mut Core, decoded: &Decoded) -> Option<Entries> {
         let entries = self.entries(decoded);
         let mut ended = false;
-        for (i, insn) in decoded.insns.iter().enumerate() {
+        let mut i = 0;
+        while let Some(insn) = decoded.insns.get(i) {
             let undo = self.to.begin(i as u32, insn.offset);
             self.to.in_shadow = i > 0 && decoded.insns[i - 1].kind == Kind::SetInterrupts;
-            let done = self.instruction(core, insn, decoded);
-            if done.is_err() {
-                self.to.take_back(undo);
-                if self.to.in_shadow {
-                    self.to.keep_flags();
-                    let slow = self.to.slow();
-                    self.to.asm.jmp(slow);
-                } else if insn.kind.ends() {
-                    self.leave_for_handler(core, insn);
-                } else {
-                    self.callout(core, insn);
+            let mut count = 1;
+            let run = self.plan_run(&decoded.insns[i..]);
+            let mut done = Err(TooMany);
+            if let Some(run) = run {
+                count = run.count;
+                done = self.run(&decoded.insns[i..i + count], run);
+                if done.is_err() {
+                    self.to.take_back(undo);
+                    count = 1;
                 }
             }
+            if done.is_err() && self.instruction(core, insn, decoded).is_err() {
+                self.to.take_back(undo);
+                self.by_handler(core, insn);
+            }
             self.to.end();
-            ended = insn.kind.ends();
+            ended = decoded.insns[i + count - 1].kind.ends();
+            i += count;
         }
         if !ended {
             let last = decoded.insns.last()?;
@@ -298,6 +302,20 @@ impl Emission<'_, '_> {
             }
         }
         Some(entries)
+    }
+
+    /// An instruction that cannot be emitted.
+    fn by_handler(&mut self, core: &mut Core, insn: &Insn) {
+        if self.to.in_shadow {
+            // The way out knows of the shadow, which a call of the handler would not.
+            self.to.keep_flags();
+            let slow = self.to.slow();
+            self.to.asm.jmp(slow);
+        } else if insn.kind.ends() {
+            self.leave_for_handler(core, insn);
+        } else {
+            self.callout(core, insn);
+        }
     }
 
     fn entries(&mut self, decoded: &Decoded) -> Entries {

@@ -223,12 +223,17 @@ impl Emission<'_, '_> {
     /// RET, RET imm16.
     pub fn ret(&mut self, insn: &Insn) -> Result<(), TooMany> {
         self.to.keep_flags();
-        let drop = if insn.insn.op_count() == 1 { insn.insn.immediate(0) as i32 } else { 0 } + 8;
         self.to.check(Address::Stack(Mem::at(R11, 0)), 8, Wants::Read, false, RAX)?;
         self.to.asm.load(RAX, Mem::at(RAX, 0));
+        self.leave_by_return(insn);
+        Ok(())
+    }
+
+    /// The end of RET: the target is in RAX, the flags are saved.
+    pub fn leave_by_return(&mut self, insn: &Insn) {
+        let drop = if insn.insn.op_count() == 1 { insn.insn.immediate(0) as i32 } else { 0 } + 8;
         self.to.asm.lea(R11, Mem::at(R11, drop));
         self.jump(insn, drop as u32);
-        Ok(())
     }
 
     /// Goes to the address in RAX, flags saved. Should it turn out not to be canonical, RSP goes back by `moved`.

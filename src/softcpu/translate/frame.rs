@@ -4,7 +4,7 @@
 //!
 //! Where it stands in the path of one access: while translated code runs RSP points at [`Core`], so that registers in
 //! memory, flags, TLB and jump tables are `[rsp + constant]` and no register is spent on them. The host's own stack stays
-//! where it was; what a signal pushes below RSP lands in [`Frame::below`], where nothing is kept.
+//! where it was; what a signal pushes below RSP lands in `Frame::below`, where nothing is kept.
 
 use crate::core::Core;
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};

@@ -8,7 +8,7 @@
 //! The path of one access: `check` in [`emit`] (a hit: eight instructions) → [`gates`] → `refill` in [`run`] →
 //! [`crate::memory`]'s walk → [`crate::tlb_inline`]; what cannot be filled → the interpreter → a fault, an exit, a device.
 //!
-//! Read in this order: [`layout`], [`mode`], [`classify`], [`block`], [`emit`], [`flow`], [`stack`], [`gates`], [`blocks`],
+//! Read in this order: [`layout`], [`mode`], [`classify`], [`block`], [`emit`], [`runs`], [`flow`], [`stack`], [`gates`], [`blocks`],
 //! [`run`].
 //!
 //! Guests are hostile: translated code reaches guest memory only through the check, whose entries were filled for whole
@@ -33,6 +33,7 @@ pub mod mode;
 mod offenders_tests;
 pub mod recode;
 pub mod run;
+pub mod runs;
 pub mod stack;
 
 pub use frame::FrameBox;

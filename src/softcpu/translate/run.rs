@@ -6,7 +6,7 @@
 //!
 //! **Time.** A block takes what it will execute from the budget when it is entered, and what was not executed is given back
 //! when it is left on the way, so that ticks are exact at every exit. A block that would not end before the deadline is the
-//! interpreter's. So is everything within [`RESERVE`] ticks of it: flags that are written again before anybody could see
+//! interpreter's. So is everything within `RESERVE` ticks of it: flags that are written again before anybody could see
 //! them are not kept at a block's entry, and nobody may look so soon.
 
 use super::arena::Arena;
@@ -447,6 +447,7 @@ impl Translator {
         let origin = self.blocks.arena.room(self.asm.size())?;
         let code = self.asm.finish(origin)?;
         self.blocks.arena.place(&code);
+        core.counters.raise(Counter::TranslatedBytesPeak, self.blocks.arena.used() as u64);
         let at = |label| self.asm.offset(label).map(|offset| origin + offset);
         let links = exits
             .iter()
@@ -594,13 +595,13 @@ pub unsafe extern "sysv64" fn refill(core: *mut Core, lin: u64, wanted: u64) -> 
     if core.tlb.fill_inline(side, lin) {
         return 1;
     }
-    let counters = core.counters.clone();
+    let counted = [Counter::TlbMisses, Counter::WalkReferences].map(|c| (c, core.counters.get(c)));
     let filled = core.translate(lin, kind, crate::memory::Who::Current, segment, size).is_ok()
         && core.tlb.fill_inline(side, lin)
         && (!both
             || core.translate(lin, AccessKind::Read, crate::memory::Who::Current, segment, size).is_ok());
     if !filled {
-        core.counters = counters;
+        counted.into_iter().for_each(|(counter, n)| core.counters.set(counter, n));
         (core.exit, core.failure) = (None, None);
         return 0;
     }
