@@ -150,7 +150,10 @@ fn masked() {
 
 /// An area that begins on one page and ends on the next, saved and restored with both pages missing, and with one.
 fn areas() {
+    // QEMU's own CPU has no XSAVEC.
+    let has_compacted = cpu::cpuid(0xd, 1)[0] >> 1 & 1 != 0;
     for (number, (compacted, before)) in [(false, 64), (true, 512), (false, 640)].into_iter().enumerate() {
+        let compacted = compacted && has_compacted;
         let at = REGION + 0x80_0000 + number as u64 * 0x10_0000 - before;
         let pattern: [u64; 4] = core::array::from_fn(|i| 0x1234_5678_9abc_def0 ^ (i as u64) << 56);
         let mut out = [0u64; 4];

@@ -525,6 +525,9 @@ impl<'a> Emitter<'a> {
         let mut plain = *insn;
         plain.set_segment_prefix(Register::None);
         let destination = insn.op0_register();
+        if self.direct_load_address(&plain).is_some() {
+            return Ok(());
+        }
         self.address(Address::Operand(&plain))?;
         let number = destination.full_register().number() as u8;
         let size = destination.size() as u8;
@@ -539,6 +542,26 @@ impl<'a> Emitter<'a> {
             }
         }
         Ok(())
+    }
+
+    /// LEA of host registers into a host register.
+    fn direct_load_address(&mut self, insn: &Instruction) -> Option<()> {
+        let host = |register: Register| match home(register.full_register().number() as u8) {
+            Home::Host(number) if register.is_gpr64() => Some(number),
+            _ => None,
+        };
+        let to = match home(insn.op0_register().full_register().number() as u8) {
+            Home::Host(number) if insn.op0_register().size() >= 4 => number,
+            _ => return None,
+        };
+        let base = Some(host(insn.memory_base())?);
+        let index = match insn.memory_index() {
+            Register::None => None,
+            register => Some((host(register)?, insn.memory_index_scale().trailing_zeros() as u8)),
+        };
+        let disp = i32::try_from(insn.memory_displacement64() as i64).ok()?;
+        self.asm.op_mem(insn.op0_register().size() as u8, &[0x8d], to, Mem { base, index, disp });
+        Some(())
     }
 
     /// Of the host's flags takes these, and the rest from the saved ones. Changes RAX and R10.
@@ -571,6 +594,9 @@ impl<'a> Emitter<'a> {
         // Only the host's RAX has a second byte that can be named.
         let accumulator = accumulator || at.is_none() && names_ah(guest);
         let mut scratch = Scratch::new(at, accumulator);
+        if at.is_none() && !accumulator {
+            self.operand_in_memory(&mut insn);
+        }
         for operand in 0..insn.op_count() {
             match insn.op_kind(operand) {
                 OpKind::Register => {
@@ -580,7 +606,7 @@ impl<'a> Emitter<'a> {
                         insn.set_op_register(operand, replaced);
                     }
                 }
-                OpKind::Memory => {
+                OpKind::Memory if at.is_some() => {
                     insn.set_memory_base(if at == Some(R10) { Register::R10 } else { Register::RAX });
                     insn.set_memory_index(Register::None);
                     insn.set_memory_index_scale(1);
@@ -590,12 +616,14 @@ impl<'a> Emitter<'a> {
                 _ => {}
             }
         }
-        let written = self.written(guest);
+        let (written, overwritten) = self.written(guest);
         if accumulator {
             self.asm.copy(RAX, host::R9);
         }
         for &(slot, number) in scratch.loaded() {
-            self.asm.load(number, Mem::frame(slot));
+            if !overwritten.contains(&slot) {
+                self.asm.load(number, Mem::frame(slot));
+            }
         }
         let length = self.encoder.encode(&insn, 0).map_err(|_| TooMany)?;
         let code = self.encoder.take_buffer();
@@ -612,17 +640,58 @@ impl<'a> Emitter<'a> {
         Ok(())
     }
 
-    /// The slots of guest registers in memory that the instruction writes.
-    fn written(&mut self, guest: &Instruction) -> Vec<i32> {
+    /// The slots of guest registers in memory that the instruction writes, and those of them whose old value nobody wants.
+    fn written(&mut self, guest: &Instruction) -> (Vec<i32>, Vec<i32>) {
+        let (mut written, mut wanted) = (Vec::new(), Vec::new());
         let info = self.info.info(guest);
-        (0..guest.op_count())
-            .filter(|&i| guest.op_kind(i) == OpKind::Register && guest.op_register(i).is_gpr())
-            .filter(|&i| !matches!(info.op_access(i), OpAccess::Read | OpAccess::CondRead | OpAccess::None))
-            .filter_map(|i| match home(guest.op_register(i).full_register().number() as u8) {
-                Home::Memory(slot) => Some(slot),
-                Home::Host(_) => None,
-            })
-            .collect()
+        for i in 0..guest.op_count() {
+            if guest.op_kind(i) != OpKind::Register || !guest.op_register(i).is_gpr() {
+                continue;
+            }
+            let Home::Memory(slot) = home(guest.op_register(i).full_register().number() as u8) else {
+                continue;
+            };
+            match info.op_access(i) {
+                OpAccess::Read | OpAccess::CondRead | OpAccess::None => wanted.push(slot),
+                OpAccess::Write if guest.op_register(i).size() >= 4 => written.push(slot),
+                _ => {
+                    written.push(slot);
+                    wanted.push(slot);
+                }
+            }
+        }
+        let overwritten = written.iter().copied().filter(|slot| !wanted.contains(slot)).collect();
+        (written, overwritten)
+    }
+
+    /// If one operand is a register that lives in memory, and the instruction can take it from there, lets it.
+    fn operand_in_memory(&mut self, insn: &mut Instruction) {
+        let in_memory = |insn: &Instruction, i| match home(insn.op_register(i).full_register().number() as u8)
+        {
+            Home::Memory(slot) if insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr() => {
+                Some(slot)
+            }
+            _ => None,
+        };
+        let mut found = (0..insn.op_count()).filter_map(|i| Some((i, in_memory(insn, i)?)));
+        let (Some((operand, slot)), None) = (found.next(), found.next()) else { return };
+        // A 32-bit result clears the upper half of its register, which a store to memory would not; and a load of the whole
+        // would have to wait for a store of a part.
+        let access = self.info.info(insn).op_access(operand);
+        let reads = matches!(access, OpAccess::Read | OpAccess::CondRead);
+        if !reads && insn.op_register(operand).size() != 8 {
+            return;
+        }
+        let operand = match super::recode::memory_operand(insn, operand) {
+            Some(operand) => operand,
+            None => return,
+        };
+        insn.set_op_kind(operand, OpKind::Memory);
+        insn.set_memory_base(Register::RSP);
+        insn.set_memory_index(Register::None);
+        insn.set_memory_index_scale(1);
+        insn.set_memory_displacement64(slot as u64);
+        insn.set_memory_displ_size(1);
     }
 
     /// The system flags, as an operand.

@@ -4,13 +4,65 @@
 //!
 //! Manual: Intel SDM Vol. 2, the opcode tables: `op AL/AX/EAX/RAX, imm`, `XCHG rAX, r`, `MOV` with a memory offset.
 
-use iced_x86::{Code, Instruction};
+use iced_x86::{Code, Instruction, OpCodeOperandKind, OpKind};
 
 /// Gives an instruction the encoding in which each register can be any.
 pub fn without_fixed_registers(insn: &mut Instruction) {
     if let Some(code) = general(insn.code()) {
         insn.set_code(code);
     }
+}
+
+/// Which operand of an instruction can be memory in place of the register that operand `wanted` is: that one, after the
+/// direction of the encoding was turned round where it had to be. `None` if it cannot.
+pub fn memory_operand(insn: &mut Instruction, wanted: u32) -> Option<u32> {
+    if may_be_memory(insn.code(), wanted) {
+        return Some(wanted);
+    }
+    if insn.op_count() != 2 || insn.op_kind(0) != OpKind::Register || insn.op_kind(1) != OpKind::Register {
+        return None;
+    }
+    let turned = turned(insn.code())?;
+    insn.set_code(turned);
+    may_be_memory(turned, wanted).then_some(wanted)
+}
+
+fn may_be_memory(code: Code, operand: u32) -> bool {
+    use OpCodeOperandKind as K;
+    matches!(code.op_code().op_kind(operand), K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem)
+}
+
+/// The encoding of the same instruction on two registers whose other operand is in ModR/M.rm.
+fn turned(code: Code) -> Option<Code> {
+    macro_rules! pairs {
+        ($($one:ident $other:ident),* $(,)?) => {
+            match code {
+                $(Code::$one => Code::$other, Code::$other => Code::$one,)*
+                _ => return None,
+            }
+        };
+    }
+    Some(pairs!(
+        Mov_rm64_r64 Mov_r64_rm64,
+        Mov_rm32_r32 Mov_r32_rm32,
+        Add_rm64_r64 Add_r64_rm64,
+        Add_rm32_r32 Add_r32_rm32,
+        Sub_rm64_r64 Sub_r64_rm64,
+        Sub_rm32_r32 Sub_r32_rm32,
+        And_rm64_r64 And_r64_rm64,
+        And_rm32_r32 And_r32_rm32,
+        Or_rm64_r64 Or_r64_rm64,
+        Or_rm32_r32 Or_r32_rm32,
+        Xor_rm64_r64 Xor_r64_rm64,
+        Xor_rm32_r32 Xor_r32_rm32,
+        Adc_rm64_r64 Adc_r64_rm64,
+        Adc_rm32_r32 Adc_r32_rm32,
+        Sbb_rm64_r64 Sbb_r64_rm64,
+        Sbb_rm32_r32 Sbb_r32_rm32,
+        Cmp_rm64_r64 Cmp_r64_rm64,
+        Cmp_rm32_r32 Cmp_r32_rm32,
+        Cmp_rm8_r8 Cmp_r8_rm8,
+    ))
 }
 
 macro_rules! accumulator_forms {
