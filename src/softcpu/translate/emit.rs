@@ -16,6 +16,7 @@ use super::classify::{access_size, flag, must_be_aligned};
 use super::gates::Gates;
 use super::layout::{Home, SYSTEM_FLAGS, field, home, hot, segment_base, tlb_array};
 use super::mode::Mode;
+use super::recipe::Recipe;
 use crate::decode::segment_index;
 use crate::tlb::TlbSide;
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
@@ -62,55 +63,6 @@ pub enum Address<'a> {
     BitString(&'a Instruction, u32),
     /// A host register plus a displacement, in the stack segment.
     Stack(Mem),
-}
-
-/// An instruction that gives the flags of the last one that wrote them, as long as these registers stay as they are.
-#[derive(Clone, Copy, Debug)]
-pub struct Recipe {
-    /// The instruction.
-    pub insn: Instruction,
-    /// Guest registers that it reads, a bit each.
-    pub registers: u16,
-}
-
-impl Recipe {
-    /// For CMP and TEST the instruction itself; for AND, OR and XOR a TEST of the result.
-    fn of(insn: &Instruction) -> Option<Self> {
-        use iced_x86::{Code, Mnemonic as M};
-        let mut registers = 0;
-        for i in 0..insn.op_count() {
-            if insn.op_kind(i) == OpKind::Memory {
-                return None;
-            }
-            if insn.op_kind(i) == OpKind::Register {
-                registers |= recipe_register(insn.op_register(i))?;
-            }
-        }
-        match insn.mnemonic() {
-            M::Cmp | M::Test => Some(Self { insn: *insn, registers }),
-            M::And | M::Or | M::Xor => {
-                let result = insn.op0_register();
-                let code = match result.size() {
-                    1 => Code::Test_rm8_r8,
-                    2 => Code::Test_rm16_r16,
-                    4 => Code::Test_rm32_r32,
-                    _ => Code::Test_rm64_r64,
-                };
-                let insn = Instruction::with2(code, result, result).ok()?;
-                Some(Self { insn, registers: recipe_register(result)? })
-            }
-            _ => None,
-        }
-    }
-}
-
-/// The bit of a register that a recipe may use: one that needs no scratch. RSP changes too often to be worth it.
-fn recipe_register(register: Register) -> Option<u16> {
-    if !register.is_gpr() || matches!(register, Register::AH | Register::CH | Register::DH | Register::BH) {
-        return None;
-    }
-    let number = register.full_register().number() as u8;
-    (number != 4 && matches!(home(number), Home::Host(_))).then_some(1 << number)
 }
 
 /// The instruction cannot be emitted; the interpreter's handler is called for it.
@@ -272,9 +224,11 @@ impl<'a> Emitter<'a> {
 
     /// Executes a recipe. Changes nothing but flags.
     fn again(&mut self, recipe: &Recipe) {
-        // It was made of what can be emitted.
-        let emitted = self.substituted(&recipe.insn, None, 0, false);
-        debug_assert!(emitted.is_ok());
+        for insn in recipe.insns.iter().flatten() {
+            // It was made of what can be emitted.
+            let emitted = self.substituted(insn, None, 0, false);
+            debug_assert!(emitted.is_ok());
+        }
     }
 
     /// Before an instruction that changes these registers and is not emitted by [`Self::same`]: the recipe, if it needs

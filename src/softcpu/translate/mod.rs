@@ -31,6 +31,7 @@ pub mod layout;
 pub mod mode;
 #[cfg(test)]
 mod offenders_tests;
+pub mod recipe;
 pub mod recode;
 pub mod run;
 pub mod runs;
