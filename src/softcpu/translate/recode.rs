@@ -4,7 +4,7 @@
 //!
 //! Manual: Intel SDM Vol. 2, the opcode tables: `op AL/AX/EAX/RAX, imm`, `XCHG rAX, r`, `MOV` with a memory offset.
 
-use iced_x86::{Code, Instruction, OpCodeOperandKind, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpCodeOperandKind, OpKind};
 
 /// Gives an instruction the encoding in which each register can be any.
 pub fn without_fixed_registers(insn: &mut Instruction) {
@@ -16,6 +16,9 @@ pub fn without_fixed_registers(insn: &mut Instruction) {
 /// Which operand of an instruction can be memory in place of the register that operand `wanted` is: that one, after the
 /// direction of the encoding was turned round where it had to be. `None` if it cannot.
 pub fn memory_operand(insn: &mut Instruction, wanted: u32) -> Option<u32> {
+    if !same_with_memory(insn) {
+        return None;
+    }
     if may_be_memory(insn.code(), wanted) {
         return Some(wanted);
     }
@@ -25,6 +28,39 @@ pub fn memory_operand(insn: &mut Instruction, wanted: u32) -> Option<u32> {
     let turned = turned(insn.code())?;
     insn.set_code(turned);
     may_be_memory(turned, wanted).then_some(wanted)
+}
+
+/// Whether the instruction does the same with an operand in memory as with one in a register. A bit test takes its index from
+/// the whole register then and reaches far beyond, an exchange locks the bus, an extraction stores fewer bytes.
+fn same_with_memory(insn: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(
+        insn.mnemonic(),
+        M::Mov
+            | M::Movzx
+            | M::Movsx
+            | M::Movsxd
+            | M::Add
+            | M::Adc
+            | M::Sub
+            | M::Sbb
+            | M::And
+            | M::Or
+            | M::Xor
+            | M::Cmp
+            | M::Test
+            | M::Inc
+            | M::Dec
+            | M::Neg
+            | M::Not
+            | M::Imul
+            | M::Shl
+            | M::Shr
+            | M::Sar
+            | M::Rol
+            | M::Ror
+            | M::Popcnt
+    )
 }
 
 fn may_be_memory(code: Code, operand: u32) -> bool {
@@ -221,4 +257,25 @@ fn general(code: Code) -> Option<Code> {
         }
     };
     Some(moved)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::Register::{R9, RAX, RSI, XMM1};
+
+    #[test]
+    fn only_what_means_the_same_takes_its_operand_from_memory() {
+        let with = |code, a, b| Instruction::with2(code, a, b).unwrap();
+        assert_eq!(memory_operand(&mut with(Code::Add_rm64_r64, R9, RAX), 0), Some(0));
+        let mut turned = with(Code::Add_r64_rm64, R9, RAX);
+        assert_eq!(memory_operand(&mut turned, 0), Some(0));
+        assert_eq!(turned.code(), Code::Add_rm64_r64);
+        // Would reach as far from the register's place as the index says.
+        assert_eq!(memory_operand(&mut with(Code::Btc_rm64_r64, R9, RSI), 0), None);
+        assert_eq!(memory_operand(&mut with(Code::Xchg_rm64_r64, R9, RSI), 0), None);
+        // Would store one byte.
+        let mut extract = Instruction::with3(Code::Pextrb_r64m8_xmm_imm8, R9, XMM1, 3).unwrap();
+        assert_eq!(memory_operand(&mut extract, 0), None);
+    }
 }
