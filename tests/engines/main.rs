@@ -16,6 +16,7 @@ mod flow;
 mod instructions;
 mod operands;
 mod program;
+mod rare;
 mod seated;
 mod spaces;
 mod strides;

@@ -22,6 +22,8 @@ pub mod asm;
 pub mod block;
 pub mod blocks;
 pub mod classify;
+#[cfg(test)]
+mod classify_tests;
 pub mod emit;
 pub mod flow;
 pub mod frame;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use vcpu::state::seg;
 
 /// A CPU in 64-bit mode.
-fn core() -> Core {
+pub(super) fn core() -> Core {
     let region = RegionConfig { base: Gpa(0), len: 1 << 20, kind: RegionKind::Ram };
     let config = MemoryConfig { regions: vec![region], policy: Policy::Linear, table_frames: 16 };
     let memory = GuestMemory::new(&config).unwrap();
