@@ -21,6 +21,8 @@ use hashbrown::HashMap;
 const UNKNOWN: u64 = 1;
 /// Blocks kept at most, whatever their code takes.
 const MOST_BLOCKS: usize = 400_000;
+/// Notes of where pages are mapped, after which repetitions are removed: each page has two at most then.
+const MOST_KNOWN: usize = 4 * CODE_PAGES;
 /// A page whose code was dropped so often, with less than [`COOLING`] ticks between, is left to the interpreter for a while.
 const HOT: u32 = 24;
 const COOLING: u64 = 20_000_000;
@@ -182,6 +184,11 @@ impl Blocks {
         if *word != linear {
             *word = linear;
             self.known.push((page, global));
+            if self.known.len() >= MOST_KNOWN {
+                // A page that changes between two addresses is in the list many times.
+                self.known.sort_unstable();
+                self.known.dedup();
+            }
         }
     }
 

@@ -238,6 +238,10 @@ pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfo
         M::Mov if register_of(insn, |r| r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr()) => {
             return None;
         }
+        // The model may have these on a host that has not, which would raise #UD, or take LZCNT for BSR.
+        M::Movbe if !std::arch::is_x86_feature_detected!("movbe") => return None,
+        M::Popcnt if !std::arch::is_x86_feature_detected!("popcnt") => return None,
+        M::Lzcnt if !std::arch::is_x86_feature_detected!("lzcnt") => return None,
         M::Mov | M::Movzx | M::Movsx | M::Movsxd | M::Lea | M::Movbe | M::Movnti | M::Bswap => Kind::Same,
         M::Add | M::Adc | M::Sub | M::Sbb | M::Cmp | M::And | M::Or | M::Xor | M::Test => Kind::Same,
         M::Inc | M::Dec | M::Neg | M::Not | M::Xchg | M::Xadd => Kind::Same,
@@ -401,6 +405,8 @@ fn vector(insn: &Instruction, setting: Setting, info: &mut InstructionInfoFactor
             | M::Stmxcsr
             | M::Vldmxcsr
             | M::Vstmxcsr
+            | M::Cvtpi2ps
+            | M::Cvtpi2pd
     );
     let vectors = register_of(insn, Register::is_vector_register) || alone;
     if excluded || !vectors || uses_hidden_registers(insn, info) {

@@ -40,7 +40,13 @@ impl Emission<'_, '_> {
     fn far(&mut self, target: i64) {
         let stub = self.to.asm.label();
         self.to.asm.load(R10, field(hot!(page)));
-        self.to.asm.lea(R10, Mem::at(R10, (target & !0xfff) as i32));
+        // From the end of a page a branch goes further forward than one displacement says.
+        let pages = target & !0xfff;
+        let first = pages.min(i64::from(i32::MAX) & !0xfff);
+        self.to.asm.lea(R10, Mem::at(R10, first as i32));
+        if pages != first {
+            self.to.asm.lea(R10, Mem::at(R10, (pages - first) as i32));
+        }
         let operand = self.to.asm.jmp(Target::Here(stub));
         self.exit(operand, stub, ExitForm::Page, target);
     }

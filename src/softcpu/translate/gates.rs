@@ -218,7 +218,11 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors) -> Option<(Gates, V
         asm.jmp(Target::Here(out));
         label
     };
-    let link = leave(asm, Reason::Link, &|a| a.store(field(hot!(enter_page)), host::R10));
+    let link = leave(asm, Reason::Link, &|a| {
+        a.store(field(hot!(enter_page)), host::R10);
+        // The target, if it was an indirect branch that came to another's block.
+        a.store(field(hot!(temporary)), host::RAX);
+    });
     let indirect = leave(asm, Reason::Indirect, &|a| a.store(Mem::frame(slot(REG_IP)), host::RAX));
     let budget = leave(asm, Reason::Budget, &|_| {});
     let interpret = leave(asm, Reason::Interpret, &|_| {});

@@ -218,6 +218,13 @@ impl Translator {
                     let target = core.hot.enter_page.wrapping_add(u64::from(core.hot.exit_offset));
                     core.regs[usize::from(REG_IP)] = target;
                     let link = core.hot.link;
+                    // The entry of the cache was that of a target with the same low half.
+                    if link == NO_LINK
+                        && core.hot.temporary == target
+                        && !Gva(target).is_canonical(core.paging.linear_bits())
+                    {
+                        return Ok(before_indirect_branch(core));
+                    }
                     if link != NO_LINK {
                         from = Some((self.blocks.epoch, link / MOST_EXITS, link % MOST_EXITS));
                     } else if let Some(mode) = self.mode(core) {
@@ -229,12 +236,7 @@ impl Translator {
                 Reason::Indirect => {
                     let target = core.regs[usize::from(REG_IP)];
                     if !Gva(target).is_canonical(core.paging.linear_bits()) {
-                        // The fault is the branch's.
-                        let site = core.hot.site;
-                        core.ticks -= 1;
-                        core.regs[RSP] = core.regs[RSP].wrapping_sub(u64::from(site >> 12));
-                        core.regs[usize::from(REG_IP)] = page.wrapping_add(u64::from(site & 0xfff));
-                        return Ok(Next::Interpret(1));
+                        return Ok(before_indirect_branch(core));
                     }
                     self.know_target(core, mode, target)?;
                 }
@@ -475,6 +477,16 @@ impl Translator {
         };
         Some(self.blocks.insert(core, block))
     }
+}
+
+/// Goes back before the indirect branch whose target is not canonical: the fault is the branch's.
+#[cold]
+fn before_indirect_branch(core: &mut Core) -> Next {
+    let site = core.hot.site;
+    core.ticks -= 1;
+    core.regs[RSP] = core.regs[RSP].wrapping_sub(u64::from(site >> 12));
+    core.regs[usize::from(REG_IP)] = core.hot.page.wrapping_add(u64::from(site & 0xfff));
+    Next::Interpret(1)
 }
 
 /// A block that is left to the interpreter.

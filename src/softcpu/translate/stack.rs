@@ -189,6 +189,8 @@ impl Emitter<'_> {
             self.merge_flags(taken);
         } else {
             self.flags = if insn.needed_after == 0 { FlagState::Dead } else { FlagState::Host };
+            // These are not the flags of the comparison that a recipe would give again.
+            self.recipe = None;
         }
     }
 
