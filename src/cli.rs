@@ -134,6 +134,9 @@ pub(crate) struct MachineArgs {
     /// The most memory for the engine's tables
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "64M")]
     table_memory: u64,
+    /// The most memory for translated code
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "64M")]
+    code_cache: u64,
     /// Switches of the shadow backend to turn off
     #[arg(long, value_name = "SWITCH,...", value_delimiter = ',')]
     shadow_off: Vec<String>,
@@ -194,6 +197,7 @@ impl MachineArgs {
         config.policy = self.policy;
         config.clock = self.clock;
         config.table_memory = self.table_memory;
+        config.code_cache = self.code_cache;
         config.limits = Limits { instructions: self.max_instructions, seconds: self.timeout };
         config.audit_every = self.audit;
         config.mmu_options = self.mmu_options()?;

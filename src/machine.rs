@@ -27,6 +27,9 @@ pub const MOST_MEMORY: u64 = 256 << 30;
 /// The least and the most memory for the engine's tables.
 pub const TABLE_MEMORY: std::ops::RangeInclusive<u64> = 256 << 10..=16 << 30;
 
+/// The least and the most memory for translated code: branches reach 2 GiB.
+pub const CODE_CACHE: std::ops::RangeInclusive<u64> = 256 << 10..=1 << 30;
+
 /// When a run is stopped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
@@ -53,6 +56,8 @@ pub struct MachineConfig {
     pub policy: Policy,
     /// The most bytes that the engine's tables may use.
     pub table_memory: u64,
+    /// The most bytes of translated code.
+    pub code_cache: u64,
     /// The MMU backend.
     pub mmu: MmuKind,
     /// The backends' switches.
@@ -80,6 +85,7 @@ impl MachineConfig {
             memory: 512 << 20,
             policy: Policy::Linear,
             table_memory: 64 << 20,
+            code_cache: softcpu::CODE_CACHE,
             mmu: MmuKind::Shadow,
             mmu_options: MmuOptions::default(),
             cpu_model: softcpu::CpuModel::default(),
@@ -181,8 +187,9 @@ impl Machine {
         let model = config.cpu_model.clone();
         let tsc_hz = model.tsc_hz();
         let engine = config.engine;
+        let code_cache = config.code_cache;
         Self::with_cpu(config, wiring, tsc_hz, |memory| {
-            Ok(Box::new(SoftCpu::with_engine(memory, model, engine)?))
+            Ok(Box::new(SoftCpu::with_code_cache(memory, model, engine, code_cache)?))
         })
     }
 
@@ -305,6 +312,14 @@ fn check_memory(config: &MachineConfig) -> Result<MemoryLayout, Error> {
             crate::quantity::size(config.table_memory),
             crate::quantity::size(*TABLE_MEMORY.start()),
             crate::quantity::size(*TABLE_MEMORY.end())
+        )));
+    }
+    if !CODE_CACHE.contains(&config.code_cache) {
+        return Err(Error::Option(format!(
+            "{} for translated code is not from {} to {}",
+            crate::quantity::size(config.code_cache),
+            crate::quantity::size(*CODE_CACHE.start()),
+            crate::quantity::size(*CODE_CACHE.end())
         )));
     }
     MemoryLayout::for_size(config.memory).map_err(|e| Error::Option(e.to_string()))

@@ -325,6 +325,12 @@ fn absurd_machines_are_refused_in_one_sentence() {
         assert!(matches!(error, Error::Option(_)), "{memory}: {error}");
         assert_eq!(error.status(), 2);
     }
+    for code_cache in [0, 4096, 1 << 40] {
+        let config = MachineConfig { code_cache, ..MachineConfig::for_guest(guest) };
+        let error =
+            Machine::with_cpu(config, Wiring::default(), 1, |_| panic!("no CPU is needed")).err().unwrap();
+        assert!(matches!(error, Error::Option(_)), "{code_cache}: {error}");
+    }
     for table_memory in [0, 4096, (64 << 20) + 1, 1 << 40] {
         let config = MachineConfig { table_memory, ..MachineConfig::for_guest(guest) };
         let error =

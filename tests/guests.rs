@@ -55,6 +55,16 @@ on_each_square! {
         }
     }
 
+    fn little_room_for_translated_code_is_enough(square) {
+        for name in ["instr", "exceptions", "smc"] {
+            let guest = guest(name);
+            let small = run(MachineConfig { code_cache: 256 << 10, ..square.config(guest) });
+            assert_eq!(small.course(), run(square.config(guest)).course(), "{name}");
+            let used = small.report.counts.counters["translated_bytes_peak"];
+            assert!(used <= 256 << 10, "{name}: {used} bytes of translated code");
+        }
+    }
+
     fn the_tables_stay_sound_all_the_way(square) {
         for name in ["hello", "forkwait", "largepages", "smc"] {
             let ran = run(MachineConfig { audit_every: Some(101), ..square.config(guest(name)) });

@@ -63,12 +63,22 @@ impl SoftCpu {
         model: CpuModel,
         engine: EngineKind,
     ) -> Result<Self, VcpuError> {
+        Self::with_code_cache(memory, model, engine, crate::translate::run::CODE_BYTES)
+    }
+
+    /// The same with at most so many bytes of translated code; 256 KiB are the least that is of use.
+    pub fn with_code_cache(
+        memory: Arc<GuestMemory>,
+        model: CpuModel,
+        engine: EngineKind,
+        code_bytes: u64,
+    ) -> Result<Self, VcpuError> {
         crate::vector::check_host(&model)?;
         let core = FrameBox::new(Core::new(memory, model));
         let translator = match engine {
             EngineKind::Interpret => None,
             EngineKind::Translate => Some(
-                Translator::new(crate::translate::run::CODE_BYTES, &core.model)
+                Translator::new(code_bytes as usize, &core.model)
                     .map_err(|e| VcpuError::Host(format!("mapping memory for translated code: {e}")))?,
             ),
         };

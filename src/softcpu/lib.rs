@@ -41,3 +41,4 @@ pub mod width;
 pub use engine::SoftCpu;
 pub use engine_kind::EngineKind;
 pub use model::CpuModel;
+pub use translate::run::CODE_BYTES as CODE_CACHE;

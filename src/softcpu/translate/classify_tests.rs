@@ -26,7 +26,8 @@ fn everything(mut see: impl FnMut(&Instruction)) {
         }
     };
     // [RSI], with a SIB byte that is not looked at; RBX; R9; R10 and R11 as the other operand.
-    let modrms: Vec<u8> = (0..8).flat_map(|reg| [0x06 | reg << 3, 0xc3 | reg << 3, 0xc0 | reg << 3]).collect();
+    let modrms: Vec<u8> =
+        (0..8).flat_map(|reg| [0x06 | reg << 3, 0xc3 | reg << 3, 0xc0 | reg << 3]).collect();
     let legacy: [&[u8]; 4] = [&[], &[0x0f], &[0x0f, 0x38], &[0x0f, 0x3a]];
     for map in legacy {
         for prefix in [&[][..], &[0x66], &[0xf2], &[0xf3]] {
@@ -129,7 +130,10 @@ fn what_is_copied_accesses_what_is_checked_and_no_more() {
         }
         assert_eq!(used.len(), 1, "{insn} ({code:?})");
         let used = used[0];
-        assert!(used.base() == insn.memory_base() && used.index() == insn.memory_index(), "{insn} ({code:?})");
+        assert!(
+            used.base() == insn.memory_base() && used.index() == insn.memory_index(),
+            "{insn} ({code:?})"
+        );
         assert_ne!(used.memory_size(), MemorySize::Unknown, "{insn} ({code:?})");
         assert!(checked != 0 && checked <= 128, "{insn} ({code:?}) accesses {checked} bytes");
         assert!(used.memory_size().size() as u32 <= checked, "{insn} ({code:?})");
@@ -159,8 +163,14 @@ fn what_is_copied_neither_touches_the_x87_unit_nor_is_privileged() {
     copied(|insn, _, _| {
         let features = insn.cpuid_features();
         assert!(!features.iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX)), "{insn}");
-        assert!(!matches!(insn.mnemonic(), Mnemonic::Cvtpi2ps | Mnemonic::Cvtpi2pd), "{insn} touches MMX state");
-        assert!(!insn.is_privileged() && !insn.is_stack_instruction() && !insn.is_string_instruction(), "{insn}");
+        assert!(
+            !matches!(insn.mnemonic(), Mnemonic::Cvtpi2ps | Mnemonic::Cvtpi2pd),
+            "{insn} touches MMX state"
+        );
+        assert!(
+            !insn.is_privileged() && !insn.is_stack_instruction() && !insn.is_string_instruction(),
+            "{insn}"
+        );
         assert!(!insn.is_save_restore_instruction(), "{insn}");
     });
 }
@@ -176,8 +186,7 @@ fn emitted(
 ) -> Result<Vec<Instruction>, TooMany> {
     asm.reset();
     let mode = Mode::of(&super::offenders_tests::core(), true).expect("it is in 64-bit mode");
-    let mut to =
-        Emitter::new(asm, encoder, info, mode, Gates::default(), 48, 1, FlagState::Saved);
+    let mut to = Emitter::new(asm, encoder, info, mode, Gates::default(), 48, 1, FlagState::Saved);
     let done = to.substituted(insn, at, 0, accumulator);
     drop(to.encoder.take_buffer());
     done?;
@@ -208,7 +217,8 @@ fn what_is_emitted_is_the_instruction_on_the_hosts_operands() {
             assert!(!out.is_invalid(), "{insn} ({:?})", insn.code());
             let frame = out.memory_base() == Register::RSP && out.memory_index() == Register::None;
             let plain = out.mnemonic() == Mnemonic::Mov;
-            let copy = out.code() == expected.code() && !(plain && (frame || !memory && list.len() > 1 && copies > 0));
+            let copy = out.code() == expected.code()
+                && !(plain && (frame || !memory && list.len() > 1 && copies > 0));
             for used in others.info(out).used_registers() {
                 let stays = matches!(used.access(), OpAccess::Read | OpAccess::CondRead);
                 assert!(used.register().full_register() != Register::RSP || stays, "{insn} gives {out}");

@@ -30,7 +30,7 @@ use mmu::{AccessKind, Counter};
 use std::io;
 
 /// Bytes of translated code kept at most, unless the user says otherwise.
-pub const CODE_BYTES: usize = 64 << 20;
+pub const CODE_BYTES: u64 = 64 << 20;
 /// Instructions at the end of a run that are the interpreter's.
 const RESERVE: i64 = block::MOST as i64;
 /// More than any budget; taken from it to be left soon.
