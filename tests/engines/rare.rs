@@ -61,6 +61,45 @@ fn a_target_that_is_not_canonical_after_one_with_the_same_low_half() {
 }
 
 #[test]
+fn a_bit_of_a_register_that_lives_in_memory() {
+    check(&kernel("bits", |a| {
+        repeat(a, 100, |a| {
+            a.imul_3(rax, r14, 0x0123_4567)?;
+            a.bts(r9, rax)?;
+            a.adc(rbx, r9)?;
+            a.bt(r9d, eax)?;
+            a.adc(rbx, rbx)?;
+            a.btc(r10, rax)?;
+            a.adc(rbx, r10)?;
+            a.btr(r11w, ax)?;
+            a.adc(rbx, r11)
+        })?;
+        finish(a)
+    }));
+}
+
+#[test]
+fn an_element_extracted_into_a_register_that_lives_in_memory() {
+    check(&kernel("extracted", |a| {
+        repeat(a, 40, |a| {
+            a.imul_3(rax, r14, 0x0123_4567)?;
+            a.movq(xmm1, rax)?;
+            a.mov(r9, -1i64 as u64)?;
+            a.mov(r10, r9)?;
+            a.mov(r11, r9)?;
+            // PEXTRB, PEXTRW and EXTRACTPS with REX.W: R9, R10, R11.
+            a.db(&[0x66, 0x49, 0x0f, 0x3a, 0x14, 0xc9, 1])?;
+            a.db(&[0x66, 0x49, 0x0f, 0x3a, 0x15, 0xca, 1])?;
+            a.db(&[0x66, 0x49, 0x0f, 0x3a, 0x17, 0xcb, 0])?;
+            a.add(rbx, r9)?;
+            a.add(rbx, r10)?;
+            a.add(rbx, r11)
+        })?;
+        finish(a)
+    }));
+}
+
+#[test]
 fn flags_of_a_bit_scan_are_not_those_of_the_comparison_before() {
     check(&kernel("scanned", |a| {
         a.mov(ebp, DATA as u32)?;

@@ -19,7 +19,7 @@ use super::mode::Mode;
 use super::recipe::Recipe;
 use crate::decode::segment_index;
 use crate::tlb::TlbSide;
-use iced_x86::{Encoder, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use vcpu::state::seg;
 
 /// Where the guest's arithmetic flags are.
@@ -633,19 +633,29 @@ impl<'a> Emitter<'a> {
         // would have to wait for a store of a part.
         let access = self.info.info(insn).op_access(operand);
         let reads = matches!(access, OpAccess::Read | OpAccess::CondRead);
-        if !reads && insn.op_register(operand).size() != 8 {
+        let size = insn.op_register(operand).size();
+        if !reads && size != 8 {
             return;
         }
-        let operand = match super::recode::memory_operand(insn, operand) {
-            Some(operand) => operand,
-            None => return,
-        };
-        insn.set_op_kind(operand, OpKind::Memory);
-        insn.set_memory_base(Register::RSP);
-        insn.set_memory_index(Register::None);
-        insn.set_memory_index_scale(1);
-        insn.set_memory_displacement64(slot as u64);
-        insn.set_memory_displ_size(1);
+        // A bit offset in a register is taken modulo the size of a register, but reaches anywhere from memory.
+        let is_bit_test =
+            matches!(insn.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+        if is_bit_test && insn.op1_kind() == OpKind::Register {
+            return;
+        }
+        let mut candidate = *insn;
+        let Some(operand) = super::recode::memory_operand(&mut candidate, operand) else { return };
+        candidate.set_op_kind(operand, OpKind::Memory);
+        candidate.set_memory_base(Register::RSP);
+        candidate.set_memory_index(Register::None);
+        candidate.set_memory_index_scale(1);
+        candidate.set_memory_displacement64(slot as u64);
+        candidate.set_memory_displ_size(1);
+        // PEXTRB and its kin clear the rest of a register, and store a part only.
+        let accessed = candidate.memory_size().size();
+        if accessed == size || reads && (1..size).contains(&accessed) {
+            *insn = candidate;
+        }
     }
 
     /// The system flags, as an operand.
