@@ -127,3 +127,24 @@ fn flags_of_a_bit_scan_are_not_those_of_the_comparison_before() {
         finish(a)
     }));
 }
+
+#[test]
+fn a_whole_turn_through_the_carry_writes_the_overflow_flag() {
+    check(&kernel("turn", |a| {
+        a.mov(ebp, DATA as u32)?;
+        repeat(a, 60, |a| {
+            a.imul_3(rbx, r14, 0x0123_4567)?;
+            a.cmp(rbx, rbp)?;
+            a.rcl(bl, 9u32)?;
+            a.mov(qword_ptr(rbp), rbx)?;
+            a.seto(cl)?;
+            a.lea(r12, r12 + rcx)?;
+            a.cmp(rbx, rbp)?;
+            a.rcr(bx, 17u32)?;
+            a.mov(qword_ptr(rbp), rbx)?;
+            a.seto(cl)?;
+            a.lea(r12, r12 + rcx * 2)
+        })?;
+        finish(a)
+    }));
+}

@@ -255,7 +255,10 @@ pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfo
         M::Bt | M::Bts | M::Btr | M::Btc => Kind::Merge(flag::CF),
         M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr if setting.host.shifts => {
             // Reserved extensions and 8-bit and 16-bit rotates through carry by large counts are the interpreter's.
-            if mnemonic == M::Sal { return None } else { Kind::Same }
+            let turns = matches!(mnemonic, M::Rcl | M::Rcr)
+                && size_of_operand(insn) <= 2
+                && shift_count(insn).is_some_and(|count| count > 8);
+            if mnemonic == M::Sal || turns { return None } else { Kind::Same }
         }
         M::Shld | M::Shrd if setting.host.shifts && size >= 4 => Kind::Same,
         M::Rorx | M::Sarx | M::Shlx | M::Shrx | M::Pdep | M::Pext | M::Mulx => bmi_without_flags(insn)?,
