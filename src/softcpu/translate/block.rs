@@ -423,7 +423,7 @@ impl Emission<'_, '_> {
             Kind::BitString => self.to.bit_string(insn)?,
             Kind::SwapGs => self.to.swap_gs(),
             Kind::Jump => self.go(insn.insn.near_branch_target() as i64),
-            Kind::Branch => self.branch(insn),
+            Kind::Branch => self.branch(insn)?,
             Kind::Call => self.call(insn)?,
             Kind::CallIndirect => self.call_indirect(insn)?,
             Kind::JumpIndirect => self.jump_indirect(insn)?,

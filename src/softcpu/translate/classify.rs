@@ -7,6 +7,7 @@
 //! Manual: Intel SDM Vol. 2 (each instruction), Vol. 1 §3.4.3 (flags).
 
 use super::layout::{Home, home};
+use crate::exec::data::condition_code;
 use iced_x86::{
     Code, CpuidFeature, EncodingKind, FlowControl, Instruction, InstructionInfoFactory, MemorySize, Mnemonic,
     OpKind, Register,
@@ -191,8 +192,6 @@ fn shift_count(insn: &Instruction) -> Option<u32> {
 pub struct HostFlags {
     /// After shifts and rotates.
     pub shifts: bool,
-    /// After BMI instructions.
-    pub bmi: bool,
 }
 
 /// Everything that the choice depends on beside the instruction.
@@ -261,8 +260,8 @@ pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfo
             if mnemonic == M::Sal || turns { return None } else { Kind::Same }
         }
         M::Shld | M::Shrd if setting.host.shifts && size >= 4 => Kind::Same,
-        M::Rorx | M::Sarx | M::Shlx | M::Shrx | M::Pdep | M::Pext | M::Mulx => bmi_without_flags(insn)?,
-        M::Andn | M::Blsi | M::Blsr | M::Blsmsk | M::Bzhi | M::Bextr if setting.host.bmi => Kind::Same,
+        // Of BMI what touches no flag: the rest leaves some that differ between processors.
+        M::Rorx | M::Sarx | M::Shlx | M::Shrx | M::Pdep | M::Pext | M::Mulx => Kind::Same,
         M::Imul if insn.op_count() >= 2 => Kind::Merge(flag::CF | flag::OF),
         M::Mul | M::Imul if size_of_operand(insn) >= 2 => Kind::AccumulatorMerge(flag::CF | flag::OF),
         M::Div | M::Idiv if size_of_operand(insn) >= 4 => Kind::Divide,
@@ -282,7 +281,8 @@ pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfo
         M::Stac | M::Clac if !setting.user => Kind::SetAc(mnemonic == M::Stac),
         M::Std | M::Cld => Kind::SetDirection(mnemonic == M::Std),
         M::Swapgs if !setting.user => Kind::SwapGs,
-        _ if conditional_move(mnemonic) => Kind::Same,
+        // CMOVcc and SETcc; branches were seen to above.
+        _ if condition_code(insn).is_some() => Kind::Same,
         _ => return vector(insn, setting, info),
     })
 }
@@ -331,50 +331,6 @@ fn register_of(insn: &Instruction, test: impl Fn(Register) -> bool) -> bool {
 /// Size of the only operand.
 fn size_of_operand(insn: &Instruction) -> usize {
     if insn.op0_kind() == OpKind::Register { insn.op0_register().size() } else { insn.memory_size().size() }
-}
-
-/// BMI2 without flags. MULX takes RDX implicitly, which is in its place; three registers at once may be too many.
-fn bmi_without_flags(_insn: &Instruction) -> Option<Kind> {
-    Some(Kind::Same)
-}
-
-fn conditional_move(mnemonic: Mnemonic) -> bool {
-    use Mnemonic as M;
-    matches!(
-        mnemonic,
-        M::Cmovo
-            | M::Cmovno
-            | M::Cmovb
-            | M::Cmovae
-            | M::Cmove
-            | M::Cmovne
-            | M::Cmovbe
-            | M::Cmova
-            | M::Cmovs
-            | M::Cmovns
-            | M::Cmovp
-            | M::Cmovnp
-            | M::Cmovl
-            | M::Cmovge
-            | M::Cmovle
-            | M::Cmovg
-            | M::Seto
-            | M::Setno
-            | M::Setb
-            | M::Setae
-            | M::Sete
-            | M::Setne
-            | M::Setbe
-            | M::Seta
-            | M::Sets
-            | M::Setns
-            | M::Setp
-            | M::Setnp
-            | M::Setl
-            | M::Setge
-            | M::Setle
-            | M::Setg
-    )
 }
 
 /// SSE and AVX instructions that work on explicit operands.

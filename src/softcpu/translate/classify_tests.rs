@@ -63,7 +63,7 @@ fn everything(mut see: impl FnMut(&Instruction)) {
 }
 
 fn settings() -> Setting {
-    Setting { user: false, vectors: true, avx: true, host: HostFlags { shifts: true, bmi: true } }
+    Setting { user: false, vectors: true, avx: true, host: HostFlags { shifts: true } }
 }
 
 /// Calls for each instruction that is copied, with whether the guest's RAX is put in its place for it.

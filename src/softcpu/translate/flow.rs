@@ -12,6 +12,7 @@ use super::block::{Decoded, Emission, Exit, ExitForm, Insn, is_backward};
 use super::classify::Kind;
 use super::emit::{Address, FlagState, TooMany, Wants};
 use super::layout::{ATTENTION, TLB_KEY, field, hot};
+use crate::exec::data::condition_code;
 use crate::flags::bit;
 use iced_x86::{Instruction, OpKind};
 
@@ -73,9 +74,9 @@ impl Emission<'_, '_> {
     }
 
     /// Jcc. Forward it leaves the block and the block goes on; backward it ends the block.
-    pub fn branch(&mut self, insn: &Insn) {
+    pub fn branch(&mut self, insn: &Insn) -> Result<(), TooMany> {
         let next = i64::from(insn.offset) + insn.insn.len() as i64;
-        let mut condition = condition_number(insn.insn.condition_code() as u8);
+        let mut condition = condition_code(&insn.insn).ok_or(TooMany)?;
         let mut target = insn.insn.near_branch_target() as i64;
         let ends = is_backward(insn) && !insn.repeated;
         if insn.repeated {
@@ -110,6 +111,7 @@ impl Emission<'_, '_> {
         if ends {
             self.go(next);
         }
+        Ok(())
     }
 
     /// STI at CPL 0. With something to look at, or an instruction behind it that may exit by itself, it is the
@@ -253,28 +255,4 @@ impl Emission<'_, '_> {
         asm.op_reg(4, &[0x0f, 0xb7], R10, R10);
         asm.jmp_mem(Mem::element(R10, 3, self.parts.targets));
     }
-}
-
-/// The condition as it stands in the opcode.
-fn condition_number(code: u8) -> u8 {
-    use iced_x86::ConditionCode as C;
-    const ORDER: [(C, u8); 16] = [
-        (C::o, 0),
-        (C::no, 1),
-        (C::b, 2),
-        (C::ae, 3),
-        (C::e, 4),
-        (C::ne, 5),
-        (C::be, 6),
-        (C::a, 7),
-        (C::s, 8),
-        (C::ns, 9),
-        (C::p, 10),
-        (C::np, 11),
-        (C::l, 12),
-        (C::ge, 13),
-        (C::le, 14),
-        (C::g, 15),
-    ];
-    ORDER.iter().find(|(c, _)| *c as u8 == code).map_or(0, |(_, n)| *n)
 }

@@ -5,7 +5,7 @@
 //! a run has the same result on any host; the price is a call for each of them there. The model follows AMD's processors
 //! (see [`crate::exec::shift`]).
 //!
-//! Manual: Intel SDM Vol. 2 "SAL/SAR/SHL/SHR", "RCL/RCR/ROL/ROR", "SHLD", "SHRD", "ANDN", "BLSR".
+//! Manual: Intel SDM Vol. 2 "SAL/SAR/SHL/SHR", "RCL/RCR/ROL/ROR", "SHLD", "SHRD".
 
 use super::classify::HostFlags;
 use crate::flags::bit::{AF, ARITHMETIC, CF, OF, PF, SF, ZF};
@@ -72,5 +72,5 @@ fn shifts() -> bool {
 
 /// What this host does.
 pub fn probe() -> HostFlags {
-    HostFlags { shifts: shifts(), bmi: false }
+    HostFlags { shifts: shifts() }
 }

@@ -27,7 +27,7 @@ pub(super) fn core() -> Core {
 fn kind(core: &mut Core, bytes: &[u8], user: bool) -> Kind {
     let mut page = [0x90; 4096];
     page[..bytes.len()].copy_from_slice(bytes);
-    let host = HostFlags { shifts: true, bmi: true };
+    let host = HostFlags { shifts: true };
     let setting = Setting { user, vectors: true, avx: true, host };
     let mut info = InstructionInfoFactory::new();
     block::decode(core, &mut info, &page, 0, setting, false).insns[0].kind

@@ -393,19 +393,16 @@ impl Translator {
             return self.blocks.insert(core, untranslated(hpa, mode, page));
         }
         core.counters.count(Counter::BlocksTranslated);
-        for _ in 0..2 {
-            if let Some(index) = self.emit(core, mode, hpa, page, &bytes, &decoded) {
-                return index;
-            }
-            // No room: everything goes, and the page has another number then.
-            self.overflow(core);
-            let page = self.blocks.page(core, frame, mode.user());
-            if let Some(index) = self.emit(core, mode, hpa, page, &bytes, &decoded) {
-                return index;
-            }
+        if let Some(index) = self.emit(core, mode, hpa, page, &bytes, &decoded) {
+            return index;
         }
+        // No room: everything goes, and the page has another number then.
+        self.overflow(core);
         let page = self.blocks.page(core, frame, mode.user());
-        self.blocks.insert(core, untranslated(hpa, mode, page))
+        match self.emit(core, mode, hpa, page, &bytes, &decoded) {
+            Some(index) => index,
+            None => self.blocks.insert(core, untranslated(hpa, mode, page)),
+        }
     }
 
     fn overflow(&mut self, core: &mut FrameBox) {
