@@ -9,10 +9,9 @@ use crate::lockstep_pair::{Extent, Pair};
 use crate::lockstep_search::{self, Span};
 use crate::lockstep_side::Side;
 use crate::machine::{Machine, MachineConfig, Wiring};
-use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
 use softcpu::SoftCpu;
 use std::ops::Range;
-use vcpu::{Answer, ArchState, CachedTranslation, Entry, Exit, Vcpu, VcpuError};
+use vcpu::{Answer, Entry, Exit, Vcpu, VcpuError};
 
 /// A software CPU that loses DR0 where it runs the instructions of a stretch without a stop.
 struct Hasty {
@@ -43,51 +42,13 @@ impl Vcpu for Hasty {
         self.cpu.set_state(&state);
         if deadline == end { Ok(exit) } else { self.cpu.run(Entry::Answer(Answer::Done), deadline) }
     }
-    fn ticks(&self) -> u64 {
-        self.cpu.ticks()
-    }
-    fn add_ticks(&mut self, ticks: u64) {
-        self.cpu.add_ticks(ticks);
-    }
     fn retired(&self) -> u64 {
         self.retired + self.cpu.retired()
     }
-    fn paging_state(&self) -> PagingState {
-        self.cpu.paging_state()
-    }
-    fn set_translation(&mut self, root: TableRoot, intercepts: Intercepts) {
-        self.cpu.set_translation(root, intercepts);
-    }
-    fn flush(&mut self, flush: TlbFlush) {
-        self.cpu.flush(flush);
-    }
-    fn can_take_interrupt(&self) -> bool {
-        self.cpu.can_take_interrupt()
-    }
-    fn is_delivering(&self) -> bool {
-        self.cpu.is_delivering()
-    }
-    fn inject_interrupt(&mut self, vector: u8) {
-        self.cpu.inject_interrupt(vector);
-    }
-    fn inject_nmi(&mut self) {
-        self.cpu.inject_nmi();
-    }
-    fn request_interrupt_window(&mut self, wanted: bool) {
-        self.cpu.request_interrupt_window(wanted);
-    }
-    fn state(&self) -> ArchState {
-        self.cpu.state()
-    }
-    fn set_state(&mut self, state: &ArchState) {
-        self.cpu.set_state(state);
-    }
-    fn cached_translations(&self) -> Vec<CachedTranslation> {
-        self.cpu.cached_translations()
-    }
-    fn counters(&self) -> &Counters {
-        self.cpu.counters()
-    }
+    vcpu::vcpu_through!(
+        cpu: ticks add_ticks paging_state set_translation flush can_take_interrupt is_delivering
+        inject_interrupt inject_nmi request_interrupt_window state set_state cached_translations counters
+    );
 }
 
 /// A sound machine beside one whose CPU is hasty.

@@ -7,7 +7,6 @@
 //! bytes of any kind be executed to their end. SDM Vol. 3 §2.4 and §3.4 to §3.5, §6.10 to §6.14, §7.2, §20.1.
 
 use guestmem::GuestMemory;
-use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
 use softcpu::{CpuModel, EngineKind, SoftCpu};
 use std::sync::Arc;
 use vcpu::state::seg;
@@ -332,49 +331,14 @@ impl Vcpu for Seated {
     fn run(&mut self, entry: Entry, deadline: u64) -> Result<Exit, VcpuError> {
         self.cpu.run(entry, deadline)
     }
-    fn ticks(&self) -> u64 {
-        self.cpu.ticks()
-    }
-    fn add_ticks(&mut self, ticks: u64) {
-        self.cpu.add_ticks(ticks);
-    }
-    fn retired(&self) -> u64 {
-        self.cpu.retired()
-    }
-    fn paging_state(&self) -> PagingState {
-        self.cpu.paging_state()
-    }
-    fn set_translation(&mut self, root: TableRoot, intercepts: Intercepts) {
-        self.cpu.set_translation(root, intercepts);
-    }
-    fn flush(&mut self, flush: TlbFlush) {
-        self.cpu.flush(flush);
-    }
-    fn can_take_interrupt(&self) -> bool {
-        self.cpu.can_take_interrupt()
-    }
-    fn is_delivering(&self) -> bool {
-        self.cpu.is_delivering()
-    }
-    fn inject_interrupt(&mut self, vector: u8) {
-        self.cpu.inject_interrupt(vector);
-    }
-    fn inject_nmi(&mut self) {
-        self.cpu.inject_nmi();
-    }
-    fn request_interrupt_window(&mut self, wanted: bool) {
-        self.cpu.request_interrupt_window(wanted);
-    }
-    fn state(&self) -> ArchState {
-        self.cpu.state()
-    }
     fn set_state(&mut self, state: &ArchState) {
         match self.seat.take() {
             Some(seat) => self.cpu.set_state(&seat.state(state)),
             None => self.cpu.set_state(state),
         }
     }
-    fn counters(&self) -> &Counters {
-        self.cpu.counters()
-    }
+    vcpu::vcpu_through!(
+        cpu: ticks add_ticks retired paging_state set_translation flush can_take_interrupt is_delivering
+        inject_interrupt inject_nmi request_interrupt_window state counters
+    );
 }

@@ -11,6 +11,7 @@ pub mod cached;
 pub mod exit;
 pub mod pending;
 pub mod state;
+mod through;
 
 pub use cached::CachedTranslation;
 pub use exit::{Answer, Entry, Exit, TableStore, TableStores};

@@ -1,8 +1,7 @@
 //! A software CPU that begins in a state of the test's and gets interrupts at instructions of the test's choice.
 
-use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
 use softcpu::SoftCpu;
-use vcpu::{Answer, ArchState, CachedTranslation, Entry, Exit, Vcpu, VcpuError};
+use vcpu::{Answer, ArchState, Entry, Exit, Vcpu, VcpuError};
 
 pub struct Seated {
     cpu: SoftCpu,
@@ -60,51 +59,13 @@ impl Vcpu for Seated {
             }
         }
     }
-    fn ticks(&self) -> u64 {
-        self.cpu.ticks()
-    }
-    fn add_ticks(&mut self, ticks: u64) {
-        self.cpu.add_ticks(ticks);
-    }
-    fn retired(&self) -> u64 {
-        self.cpu.retired()
-    }
-    fn paging_state(&self) -> PagingState {
-        self.cpu.paging_state()
-    }
-    fn set_translation(&mut self, root: TableRoot, intercepts: Intercepts) {
-        self.cpu.set_translation(root, intercepts);
-    }
-    fn flush(&mut self, flush: TlbFlush) {
-        self.cpu.flush(flush);
-    }
-    fn can_take_interrupt(&self) -> bool {
-        self.cpu.can_take_interrupt()
-    }
-    fn is_delivering(&self) -> bool {
-        self.cpu.is_delivering()
-    }
-    fn inject_interrupt(&mut self, vector: u8) {
-        self.cpu.inject_interrupt(vector);
-    }
-    fn inject_nmi(&mut self) {
-        self.cpu.inject_nmi();
-    }
-    fn request_interrupt_window(&mut self, wanted: bool) {
-        self.cpu.request_interrupt_window(wanted);
-    }
-    fn state(&self) -> ArchState {
-        self.cpu.state()
-    }
     /// The boot protocol's state gives way to the test's.
     fn set_state(&mut self, state: &ArchState) {
         let first = self.first.take();
         self.cpu.set_state(first.as_ref().unwrap_or(state));
     }
-    fn cached_translations(&self) -> Vec<CachedTranslation> {
-        self.cpu.cached_translations()
-    }
-    fn counters(&self) -> &Counters {
-        self.cpu.counters()
-    }
+    vcpu::vcpu_through!(
+        cpu: ticks add_ticks retired paging_state set_translation flush can_take_interrupt is_delivering
+        inject_interrupt inject_nmi request_interrupt_window state cached_translations counters
+    );
 }

@@ -7,7 +7,7 @@ use crate::registers::first_state;
 use antumbra::measure::{CAUSES, OUTCOMES};
 use antumbra::{End, Limits, Machine, MachineConfig, MmuKind, MmuOptions, Wiring};
 use guestmem::{Gpa, PAGE_SIZE};
-use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
+use mmu::TlbFlush;
 use softcpu::{EngineKind, SoftCpu};
 use vcpu::{ArchState, Entry, Exit, Vcpu, VcpuError};
 
@@ -36,46 +36,17 @@ impl Vcpu for Stepped {
         self.between = matches!(exit, Ok(Exit::Deadline));
         exit
     }
-    fn ticks(&self) -> u64 {
-        self.cpu.ticks()
-    }
-    fn add_ticks(&mut self, ticks: u64) {
-        self.cpu.add_ticks(ticks);
-    }
     fn retired(&self) -> u64 {
         self.retired + self.cpu.retired()
-    }
-    fn paging_state(&self) -> PagingState {
-        self.cpu.paging_state()
-    }
-    fn set_translation(&mut self, root: TableRoot, intercepts: Intercepts) {
-        self.cpu.set_translation(root, intercepts);
-    }
-    fn flush(&mut self, flush: TlbFlush) {
-        self.cpu.flush(flush);
-    }
-    fn can_take_interrupt(&self) -> bool {
-        self.cpu.can_take_interrupt()
-    }
-    fn inject_interrupt(&mut self, vector: u8) {
-        self.cpu.inject_interrupt(vector);
-    }
-    fn inject_nmi(&mut self) {
-        self.cpu.inject_nmi();
-    }
-    fn request_interrupt_window(&mut self, wanted: bool) {
-        self.cpu.request_interrupt_window(wanted);
-    }
-    fn state(&self) -> ArchState {
-        self.cpu.state()
     }
     /// The boot protocol's state gives way to the test's.
     fn set_state(&mut self, _state: &ArchState) {
         self.cpu.set_state(&self.first);
     }
-    fn counters(&self) -> &Counters {
-        self.cpu.counters()
-    }
+    vcpu::vcpu_through!(
+        cpu: ticks add_ticks paging_state set_translation flush can_take_interrupt inject_interrupt
+        inject_nmi request_interrupt_window state counters
+    );
 }
 
 /// How many strides a case is run for, and how long the longest of some is.
