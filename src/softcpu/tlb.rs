@@ -176,6 +176,8 @@ pub struct Tlb {
     large: LargeFilter,
     /// Counts every flush of a context or more.
     pub flushes: u64,
+    /// Entries for data that had to go for others.
+    pub evictions: u64,
     /// Grows with whatever may change where a fetch goes; caches of fetch translations compare it.
     pub fetch_generation: u64,
     /// Grows with whatever may change where a fetch through any entry goes, single pages apart.
@@ -199,6 +201,7 @@ impl Default for Tlb {
             fetch_key: 0,
             large: LargeFilter::default(),
             flushes: 0,
+            evictions: 0,
             fetch_generation: 0,
             global_generation: 0,
             flushed_pages: Vec::new(),
@@ -275,6 +278,7 @@ impl Tlb {
             }
         };
         if evicted.tag != 0 {
+            self.evictions += 1;
             self.inline.remove(side, evicted.tag);
         }
     }

@@ -16,9 +16,11 @@
 
 use super::asm::{Label, Mem, Target, cc, host};
 use super::classify::{FlagUse, Kind, Setting, classify, flag};
-use super::emit::{Emitter, FlagState, TooMany};
+use super::emit::{Emitter, TooMany};
+use super::flag_state::FlagState;
 use super::layout::{field, hot};
 use super::mode::Mode;
+use super::stretch::{self, Share, Stretch};
 use crate::core::Core;
 use crate::op::Op;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, InstructionInfoFactory, OpKind};
@@ -47,6 +49,8 @@ pub struct Insn {
     /// A branch back to the block's start, which is followed by another copy of the block: the block goes on when it is
     /// taken.
     pub repeated: bool,
+    /// The check that its access shares with others.
+    pub share: Option<Share>,
 }
 
 /// The instructions of a block.
@@ -57,16 +61,18 @@ pub struct Decoded {
     pub needed: u8,
     /// Offset behind the last byte that was looked at as an instruction.
     pub end: u32,
+    /// What several accesses check together.
+    pub stretches: Vec<Stretch>,
 }
 
-/// Decodes a block at `offset` of a page. `tight`: every flag is seen everywhere.
+/// Decodes a block at `offset` of a page. `plain`: no loop is unrolled.
 pub fn decode(
     core: &mut Core,
     info: &mut InstructionInfoFactory,
     page: &[u8; 4096],
     offset: u32,
     setting: Setting,
-    tight: bool,
+    plain: bool,
 ) -> Decoded {
     let mut insns = Vec::with_capacity(16);
     let start = offset as usize % 4096;
@@ -80,9 +86,17 @@ pub fn decode(
         let at = insn.ip() as u32;
         let kind = kind_of(core, info, &mut insn, page, setting);
         let flags = kind.flag_use(&insn);
-        insns.push(Insn { insn, offset: at, kind, flags, needed_after: flag::ALL, repeated: false });
+        insns.push(Insn {
+            insn,
+            offset: at,
+            kind,
+            flags,
+            needed_after: flag::ALL,
+            repeated: false,
+            share: None,
+        });
         let backward = kind == Kind::Branch && insn.near_branch_target() as i64 <= i64::from(at);
-        if backward && insn.near_branch_target() == u64::from(offset) {
+        if backward && !plain && insn.near_branch_target() == u64::from(offset) {
             repeat(&mut insns);
         }
         if kind.ends() || backward {
@@ -90,8 +104,17 @@ pub fn decode(
         }
     }
     let end = insns.last().map_or(offset, |i| i.offset + i.insn.len() as u32);
-    let needed = needs(&mut insns, tight);
-    Decoded { insns, needed, end }
+    Decoded { insns, needed: flag::ALL, end, stretches: Vec::new() }
+}
+
+impl Decoded {
+    /// Decides which accesses share checks, and works out which flags somebody may see. `alone` are instructions whose
+    /// accesses cannot share one; `tight`: every flag is seen everywhere.
+    fn plan(&mut self, info: &mut InstructionInfoFactory, parts: &Parts<'_>, alone: &[usize]) {
+        self.stretches =
+            if parts.plain { Vec::new() } else { stretch::plan(&mut self.insns, info, alone) };
+        self.needed = needs(&mut self.insns, parts.tight);
+    }
 }
 
 /// Unrolls a loop that is one block: what is done once a block is then done once for several rounds.
@@ -103,8 +126,7 @@ fn repeat(insns: &mut Vec<Insn>) {
             branch.repeated = true;
         }
         for i in 0..body {
-            let Insn { insn, offset, kind, flags, .. } = insns[i];
-            insns.push(Insn { insn, offset, kind, flags, needed_after: flag::ALL, repeated: false });
+            insns.push(Insn { repeated: false, ..insns[i] });
         }
     }
 }
@@ -171,6 +193,9 @@ pub fn handler(core: &mut Core, insn: &Instruction, page: &[u8; 4096]) -> (Op, c
 
 /// Whether the state may be looked at before the instruction is complete: it may fault, exit, or branch out of the block.
 fn shows(insn: &Insn) -> bool {
+    if insn.share.is_some_and(|share| !share.first) {
+        return false;
+    }
     match insn.kind {
         Kind::Same | Kind::Merge(_) | Kind::Accumulator | Kind::AccumulatorMerge(_) => {
             insn.insn.mnemonic() != iced_x86::Mnemonic::Lea
@@ -234,6 +259,11 @@ pub struct Entries {
     pub saved: Label,
 }
 
+/// Kinds whose emission says which scratch registers it changes ([`Emitter::holds`]); the others change both.
+fn keeps_scratch(kind: Kind) -> bool {
+    matches!(kind, Kind::Nothing | Kind::Same | Kind::Merge(_) | Kind::Branch)
+}
+
 /// Whether a branch goes back, or to itself.
 pub fn is_backward(insn: &Insn) -> bool {
     insn.insn.near_branch_target() as i64 <= i64::from(insn.offset)
@@ -243,6 +273,8 @@ pub fn is_backward(insn: &Insn) -> bool {
 pub struct Parts<'a> {
     /// Every tick may be looked at.
     pub tight: bool,
+    /// Each access is checked by itself.
+    pub plain: bool,
     /// The page's bytes.
     pub bytes: &'a [u8; 4096],
     /// Distance of the page's word.
@@ -269,43 +301,55 @@ pub struct Emission<'a, 'b> {
 
 impl Emission<'_, '_> {
     /// Emits entries and body.
-    pub fn block(&mut self, core: &mut Core, decoded: &Decoded) -> Option<Entries> {
+    pub fn block(&mut self, core: &mut Core, decoded: &mut Decoded) -> Option<Entries> {
+        let mut alone = Vec::new();
+        loop {
+            decoded.plan(self.to.info, &self.parts, &alone);
+            match self.body(core, decoded) {
+                Ok(entries) => return entries,
+                // Flags were counted on that its own check would show: the block is made anew.
+                Err(index) => alone.push(index),
+            }
+        }
+    }
+
+    /// Emits everything. The error is the index of an instruction whose access cannot share a check after all.
+    fn body(&mut self, core: &mut Core, decoded: &Decoded) -> Result<Option<Entries>, usize> {
+        self.to.restart();
+        self.ops.clear();
+        self.exits.clear();
+        self.to.relies = !decoded.stretches.is_empty();
         let entries = self.entries(decoded);
-        let mut ended = false;
-        let mut i = 0;
-        while let Some(insn) = decoded.insns.get(i) {
+        for (i, insn) in decoded.insns.iter().enumerate() {
             let undo = self.to.begin(i as u32, insn.offset);
             self.to.in_shadow = i > 0 && decoded.insns[i - 1].kind == Kind::SetInterrupts;
-            let mut count = 1;
-            let run = self.plan_run(&decoded.insns[i..]);
-            let mut done = Err(TooMany);
-            if let Some(run) = run {
-                count = run.count;
-                done = self.run(&decoded.insns[i..i + count], run);
-                if done.is_err() {
+            if let Some(share) = insn.share {
+                self.settle(insn);
+                self.shared(insn, share, &decoded.stretches).map_err(|TooMany| i)?;
+            } else {
+                if !keeps_scratch(insn.kind) {
+                    self.to.holds = [None; 2];
+                }
+                if self.instruction(core, insn, decoded).is_err() {
                     self.to.take_back(undo);
-                    count = 1;
+                    self.by_handler(core, insn);
+                }
+                if !keeps_scratch(insn.kind) {
+                    self.to.holds = [None; 2];
                 }
             }
-            if done.is_err() && self.instruction(core, insn, decoded).is_err() {
-                self.to.take_back(undo);
-                self.by_handler(core, insn);
-            }
             self.to.end();
-            ended = decoded.insns[i + count - 1].kind.ends();
-            i += count;
         }
-        if !ended {
-            let last = decoded.insns.last()?;
-            if !(last.kind == Kind::Branch && is_backward(last)) {
-                self.go(i64::from(decoded.end));
-            }
+        let Some(last) = decoded.insns.last() else { return Ok(None) };
+        if !last.kind.ends() && !(last.kind == Kind::Branch && is_backward(last)) {
+            self.go(i64::from(decoded.end));
         }
-        Some(entries)
+        Ok(Some(entries))
     }
 
     /// An instruction that cannot be emitted.
     fn by_handler(&mut self, core: &mut Core, insn: &Insn) {
+        self.to.holds = [None; 2];
         if self.to.in_shadow {
             // The way out knows of the shadow, which a call of the handler would not.
             self.to.keep_flags();
@@ -393,7 +437,8 @@ impl Emission<'_, '_> {
         address
     }
 
-    fn instruction(&mut self, core: &mut Core, insn: &Insn, decoded: &Decoded) -> Result<(), TooMany> {
+    /// Follows a recipe before an instruction that changes its registers and does not see to it itself.
+    fn settle(&mut self, insn: &Insn) {
         let by_itself = matches!(
             insn.kind,
             Kind::Same | Kind::Merge(_) | Kind::Accumulator | Kind::AccumulatorMerge(_) | Kind::Nothing
@@ -402,6 +447,10 @@ impl Emission<'_, '_> {
             let changed = self.to.changed(&insn.insn);
             self.to.settle(changed);
         }
+    }
+
+    fn instruction(&mut self, core: &mut Core, insn: &Insn, decoded: &Decoded) -> Result<(), TooMany> {
+        self.settle(insn);
         match insn.kind {
             Kind::Nothing => {}
             Kind::Same => self.to.same(insn, None, false)?,

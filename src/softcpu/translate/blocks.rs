@@ -83,7 +83,7 @@ impl Block {
 
 /// The key of a block.
 pub fn key(hpa: Hpa, mode: Mode) -> u64 {
-    hpa.0 * MODES as u64 + mode.index() as u64
+    hpa.0 << 4 | mode.bits()
 }
 
 #[derive(Clone, Copy, Debug, Default)]

@@ -6,7 +6,10 @@
 
 use super::asm::{Asm, host};
 use super::classify::{HostFlags, Kind, Setting, access_size, classify};
-use super::emit::{Emitter, FlagState, TooMany, Wants};
+use super::check::Wants;
+use super::emit::{Emitter, TooMany};
+use super::flag_state::FlagState;
+use super::guard::Place;
 use super::gates::Gates;
 use super::layout::{Home, home};
 use super::mode::Mode;
@@ -187,7 +190,7 @@ fn emitted(
     asm.reset();
     let mode = Mode::of(&super::offenders_tests::core(), true).expect("it is in 64-bit mode");
     let mut to = Emitter::new(asm, encoder, info, mode, Gates::default(), 48, 1, FlagState::Saved);
-    let done = to.substituted(insn, at, 0, accumulator);
+    let done = to.substituted(insn, at.map(Place::at), accumulator);
     drop(to.encoder.take_buffer());
     done?;
     let code = asm.finish(0x1000).expect("nothing in it jumps");
@@ -283,7 +286,7 @@ fn in_frame(insn: &Instruction, out: &Instruction, operand: u32, access: OpAcces
 #[test]
 fn runs_of_checked_sizes_fit_into_what_a_refill_is_told() {
     copied(|insn, _, _| {
-        let told = super::emit::wanted(access_size(insn), Wants::Both, 0) & 0xff;
+        let told = super::check::wanted(access_size(insn), Wants::Both, 0) & 0xff;
         assert_eq!(told, access_size(insn), "{insn}");
     });
 }

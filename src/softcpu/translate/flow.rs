@@ -10,7 +10,9 @@
 use super::asm::{Mem, Target, cc, host};
 use super::block::{Decoded, Emission, Exit, ExitForm, Insn, is_backward};
 use super::classify::Kind;
-use super::emit::{Address, FlagState, TooMany, Wants};
+use super::check::{Address, Wants};
+use super::emit::TooMany;
+use super::flag_state::FlagState;
 use super::layout::{ATTENTION, TLB_KEY, field, hot};
 use crate::exec::data::condition_code;
 use crate::flags::bit;
@@ -57,7 +59,7 @@ impl Emission<'_, '_> {
         let link = self.parts.block * super::MOST_EXITS + self.exits.len() as u32;
         let mode = self.arrives_in;
         self.exits.push(Exit { operand, stub, form, mode });
-        let was_cold = self.to.asm.is_cold();
+        let (was_cold, holds) = (self.to.asm.is_cold(), self.to.holds);
         self.to.asm.cold(true);
         self.to.asm.bind(stub);
         if form == ExitForm::Host {
@@ -71,6 +73,7 @@ impl Emission<'_, '_> {
         }
         asm.jmp(Target::Arena(self.to.gates.link));
         asm.cold(was_cold);
+        self.to.holds = holds;
     }
 
     /// Jcc. Forward it leaves the block and the block goes on; backward it ends the block.
@@ -95,7 +98,7 @@ impl Emission<'_, '_> {
         } else {
             let taken = self.to.asm.label();
             self.to.asm.jcc(condition, Target::Here(taken));
-            let flags = self.to.flags;
+            let (flags, holds) = (self.to.flags, self.to.holds);
             self.to.asm.cold(true);
             self.to.asm.bind(taken);
             if undone != 0 {
@@ -106,7 +109,7 @@ impl Emission<'_, '_> {
             }
             self.go(target);
             self.to.asm.cold(false);
-            self.to.flags = flags;
+            (self.to.flags, self.to.holds) = (flags, holds);
         }
         if ends {
             self.go(next);
@@ -163,13 +166,8 @@ impl Emission<'_, '_> {
 
     /// Pushes the address of the next instruction. Nothing may fail after it.
     fn push_return(&mut self, insn: &Insn) -> Result<(), TooMany> {
-        let next = insn.offset as i32 + insn.insn.len() as i32;
         self.to.check(Address::Stack(Mem::at(R11, -8)), 8, Wants::Write, false, RAX)?;
-        let asm = &mut *self.to.asm;
-        asm.load(R10, field(hot!(page)));
-        asm.lea(R10, Mem::at(R10, next));
-        asm.store(Mem::at(RAX, 0), R10);
-        asm.lea(R11, Mem::at(R11, -8));
+        self.to.store_return_address(insn, RAX, 0);
         Ok(())
     }
 

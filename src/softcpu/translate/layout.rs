@@ -59,6 +59,8 @@ pub struct Hot {
     pub entered_with: i64,
     /// Why a handler stopped: see [`super::run`].
     pub stopped: u64,
+    /// Host addresses of the stretches of the running block: see [`super::guard`].
+    pub stretches: [u64; super::stretch::MOST],
 }
 
 /// A field of [`Hot`].

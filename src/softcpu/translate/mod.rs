@@ -5,11 +5,11 @@
 //! reference and the way out: at anything unusual the code is left *before* the instruction, and the interpreter executes
 //! it. Both engines give the same guest at every tick.
 //!
-//! The path of one access: `check` in [`emit`] (a hit: eight instructions) → [`gates`] → `refill` in [`run`] →
+//! The path of one access: [`check`] (a hit: eight instructions), or [`guard`] where several share one → [`gates`] → `refill` in [`run`] →
 //! [`crate::memory`]'s walk → [`crate::tlb_inline`]; what cannot be filled → the interpreter → a fault, an exit, a device.
 //!
-//! Read in this order: [`layout`], [`mode`], [`classify`], [`block`], [`emit`], [`runs`], [`flow`], [`stack`], [`gates`], [`blocks`],
-//! [`run`].
+//! Read in this order: [`layout`], [`mode`], [`classify`], [`block`], [`stretch`], [`emit`], [`flag_state`], [`check`], [`guard`],
+//! [`substitute`], [`flow`], [`stack`], [`gates`], [`blocks`], [`run`].
 //!
 //! Guests are hostile: translated code reaches guest memory only through the check, whose entries were filled for whole
 //! pages of guest frames; everything else that it touches is at constant distances from RSP. A guest chooses which of the
@@ -21,13 +21,16 @@ pub mod arena;
 pub mod asm;
 pub mod block;
 pub mod blocks;
+pub mod check;
 pub mod classify;
 #[cfg(test)]
 mod classify_tests;
 pub mod emit;
+pub mod flag_state;
 pub mod flow;
 pub mod frame;
 pub mod gates;
+pub mod guard;
 pub mod host_flags;
 pub mod layout;
 pub mod mode;
@@ -36,8 +39,9 @@ mod offenders_tests;
 pub mod recipe;
 pub mod recode;
 pub mod run;
-pub mod runs;
 pub mod stack;
+pub mod stretch;
+pub mod substitute;
 
 pub use frame::FrameBox;
 pub use layout::Hot;

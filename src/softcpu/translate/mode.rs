@@ -7,13 +7,14 @@ use crate::core::Core;
 use crate::flags::bit;
 use crate::tlb::TlbMode;
 
-/// A mode as three bits.
+/// A mode as three bits, and a fourth for plain translations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mode(u8);
 
 const USER: u8 = 1;
 const AC: u8 = 2;
 const VECTORS: u8 = 4;
+const PLAIN: u8 = 8;
 
 impl Mode {
     /// The current mode, if translated code can run in it: 64-bit mode at CPL 0 or 3, no look at single accesses wanted.
@@ -30,7 +31,22 @@ impl Mode {
 
     /// As an index below [`super::frame::MODES`].
     pub fn index(self) -> usize {
-        usize::from(self.0)
+        usize::from(self.0 & !PLAIN)
+    }
+
+    /// As a number below 16, for keys.
+    pub fn bits(self) -> u64 {
+        u64::from(self.0)
+    }
+
+    /// Of plain translations each access is checked by itself: a block goes there when a check that several share fails.
+    pub fn plain(self) -> bool {
+        self.0 & PLAIN != 0
+    }
+
+    /// The same for plain translations or others.
+    pub fn with_plain(self, plain: bool) -> Self {
+        Self(if plain { self.0 | PLAIN } else { self.0 & !PLAIN })
     }
 
     /// The same with EFLAGS.AC set or clear, at CPL 0.

@@ -14,7 +14,9 @@ use super::asm::Asm;
 use super::block::{self, Emission, Parts};
 use super::blocks::{Block, Blocks, Link, key};
 use super::classify::{HostFlags, Setting};
-use super::emit::{Emitter, FlagState, Wants};
+use super::check::{RELIES, Wants};
+use super::emit::Emitter;
+use super::flag_state::FlagState;
 use super::frame::{self, FrameBox};
 use super::gates::{self, Gates, Reason, Vectors};
 use super::mode::Mode;
@@ -69,6 +71,8 @@ pub struct Translator {
     jumps: Box<[Jump; JUMPS]>,
     /// Fetch context and global generation that the words of pages belong to.
     seen: (u64, u64),
+    /// Where a shared check failed, until the plain translation has been entered: whatever is looked at meanwhile.
+    plain_at: Option<u64>,
     /// The kernel uses vector registers.
     kernel_vectors: bool,
     /// The guest may use AVX, as translated code takes for granted.
@@ -112,6 +116,7 @@ impl Translator {
             host: host_flags::probe(),
             jumps: Box::new([NO_JUMP; JUMPS]),
             seen: (0, 0),
+            plain_at: None,
             kernel_vectors: false,
             avx: false,
             tight: false,
@@ -188,6 +193,7 @@ impl Translator {
         let mut from = None;
         loop {
             let Some(mode) = self.mode(core) else { return Ok(Next::Interpret(usize::MAX)) };
+            let mode = mode.with_plain(self.plain_at.take() == Some(core.regs[usize::from(REG_IP)]));
             if Self::avx_usable(core) != self.avx {
                 // A rare event: what was translated took the opposite for granted.
                 self.avx = !self.avx;
@@ -227,6 +233,8 @@ impl Translator {
                     }
                     if link != NO_LINK {
                         from = Some((self.blocks.epoch, link / MOST_EXITS, link % MOST_EXITS));
+                        let link = self.blocks.get(link / MOST_EXITS).and_then(|b| b.links.get(exit_of(link)));
+                        self.plain_at = link.is_some_and(|link| link.mode.plain()).then_some(target);
                     } else if let Some(mode) = self.mode(core) {
                         // Perhaps an indirect branch to another target of the same entry.
                         self.check_mappings(core);
@@ -238,7 +246,9 @@ impl Translator {
                     if !Gva(target).is_canonical(core.paging.linear_bits()) {
                         return Ok(before_indirect_branch(core));
                     }
-                    self.know_target(core, mode, target)?;
+                    if let Some(mode) = self.mode(core) {
+                        self.know_target(core, mode, target)?;
+                    }
                 }
                 Reason::Budget => {
                     core.regs[usize::from(REG_IP)] = left_at;
@@ -387,19 +397,19 @@ impl Translator {
         core.memory.host().read(hpa.page_base(), &mut bytes);
         let setting = Setting { user: mode.user(), vectors: mode.vectors(), avx: self.avx, host: self.host };
         let offset = hpa.page_offset() as u32;
-        let decoded = block::decode(core, &mut self.info, &bytes, offset, setting, self.tight);
+        let mut decoded = block::decode(core, &mut self.info, &bytes, offset, setting, mode.plain());
         let page = self.blocks.page(core, frame, mode.user());
         if decoded.insns.is_empty() {
             return self.blocks.insert(core, untranslated(hpa, mode, page));
         }
         core.counters.count(Counter::BlocksTranslated);
-        if let Some(index) = self.emit(core, mode, hpa, page, &bytes, &decoded) {
+        if let Some(index) = self.emit(core, mode, hpa, page, &bytes, &mut decoded) {
             return index;
         }
         // No room: everything goes, and the page has another number then.
         self.overflow(core);
         let page = self.blocks.page(core, frame, mode.user());
-        match self.emit(core, mode, hpa, page, &bytes, &decoded) {
+        match self.emit(core, mode, hpa, page, &bytes, &mut decoded) {
             Some(index) => index,
             None => self.blocks.insert(core, untranslated(hpa, mode, page)),
         }
@@ -417,17 +427,16 @@ impl Translator {
         hpa: Hpa,
         page: u32,
         bytes: &[u8; 4096],
-        decoded: &block::Decoded,
+        decoded: &mut block::Decoded,
     ) -> Option<u32> {
         let count = decoded.insns.iter().filter(|i| !i.kind.is_outside()).count() as u32;
         let gates = self.gates[usize::from(mode.vectors())];
         let linear_bits = core.paging.linear_bits();
-        self.asm.reset();
         let to = Emitter::new(
             &mut self.asm,
             &mut self.encoder,
             &mut self.info,
-            mode,
+            mode.with_plain(false),
             gates,
             linear_bits,
             count,
@@ -435,12 +444,13 @@ impl Translator {
         );
         let parts = Parts {
             tight: self.tight,
+            plain: mode.plain(),
             bytes,
             page_word: frame::page_word(page as usize),
             targets: frame::targets(mode.index()),
             block: self.blocks.next_number(),
         };
-        let mut emission = Emission { to, parts, ops: Vec::new(), exits: Vec::new(), arrives_in: mode };
+        let mut emission = Emission { to, parts, ops: Vec::new(), exits: Vec::new(), arrives_in: mode.with_plain(false) };
         let entries = emission.block(core, decoded)?;
         let (ops, exits) = (emission.ops, emission.exits);
         let origin = self.blocks.arena.room(self.asm.size())?;
@@ -500,6 +510,11 @@ fn untranslated(hpa: Hpa, mode: Mode, page: u32) -> Block {
         ops: Vec::new(),
         slots: Vec::new(),
     }
+}
+
+/// The exit of its block that a link says.
+fn exit_of(link: u32) -> usize {
+    (link % MOST_EXITS) as usize
 }
 
 /// What counts a reason to leave translated code.
@@ -605,6 +620,7 @@ pub unsafe extern "sysv64" fn refill(core: *mut Core, lin: u64, wanted: u64) -> 
         return 1;
     }
     let counted = [Counter::TlbMisses, Counter::WalkReferences].map(|c| (c, core.counters.get(c)));
+    let evictions = core.tlb.evictions;
     let filled = core.translate(lin, kind, crate::memory::Who::Current, segment, size).is_ok()
         && core.tlb.fill_inline(side, lin)
         && (!both
@@ -615,5 +631,6 @@ pub unsafe extern "sysv64" fn refill(core: *mut Core, lin: u64, wanted: u64) -> 
         return 0;
     }
     leave_soon(core);
-    1
+    // An entry had to go on which another access of the block may rely, where the interpreter would walk.
+    u64::from(wanted & u64::from(RELIES) == 0 || core.tlb.evictions == evictions)
 }

@@ -5,7 +5,9 @@
 use super::asm::{Mem, cc, host};
 use super::block::Insn;
 use super::classify::flag;
-use super::emit::{Address, Emitter, FlagState, TooMany, Wants};
+use super::check::{Address, Wants};
+use super::emit::{Emitter, TooMany};
+use super::flag_state::FlagState;
 use super::layout::{Home, field, home, hot, segment_base, selector};
 use crate::core::{Core, Msrs};
 use crate::flags::bit;
