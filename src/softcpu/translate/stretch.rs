@@ -100,7 +100,7 @@ pub fn plan(insns: &mut [Insn], info: &mut InstructionInfoFactory, alone: &[usiz
         let insn = &insns[i];
         if is_barrier(insn.kind) {
             open = growing.len();
-            values = Values { next: values.next, registers: values.fresh_all() };
+            values.forget();
             continue;
         }
         let in_shadow = i > 0 && insns[i - 1].kind == Kind::SetInterrupts;
@@ -163,8 +163,8 @@ impl Values {
         Value { root: self.next, offset: 0, most }
     }
 
-    fn fresh_all(&mut self) -> [Value; 16] {
-        std::array::from_fn(|_| self.fresh(None))
+    fn forget(&mut self) {
+        self.registers = std::array::from_fn(|_| self.fresh(None));
     }
 
     fn of(&self, register: Register) -> Value {
