@@ -1,6 +1,6 @@
 //! Translation of one block: which instructions, which flags somebody may see, entry, body.
 //!
-//! A block is a straight run of instructions in one page; conditional branches forward may leave it on the way. It depends
+//! A block is a straight run of instructions in one page; conditional branches may leave it on the way. It depends
 //! on the bytes and the mode alone: linear addresses are formed from the page's address in the frame, so that one
 //! translation serves wherever the page is mapped.
 //!
@@ -78,6 +78,8 @@ pub fn decode(
     let start = offset as usize % 4096;
     let mut decoder = Decoder::with_ip(64, &page[start..], u64::from(offset), OPTIONS);
     let mut insn = Instruction::default();
+    // How many instructions there are up to the first branch backward; and whether the last goes to the block's start.
+    let (mut leaves, mut looped) = (None, false);
     while insns.len() < MOST && decoder.can_decode() {
         decoder.decode_out(&mut insn);
         if insn.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
@@ -95,13 +97,22 @@ pub fn decode(
             repeated: false,
             share: None,
         });
-        let backward = kind == Kind::Branch && insn.near_branch_target() as i64 <= i64::from(at);
-        if backward && !plain && insn.near_branch_target() == u64::from(offset) {
-            repeat(&mut insns);
-        }
-        if kind.ends() || backward {
+        if kind.ends() {
             break;
         }
+        let target = insn.near_branch_target();
+        if kind == Kind::Branch && target as i64 <= i64::from(at) {
+            if target == u64::from(offset) {
+                (leaves, looped) = (None, true);
+                break;
+            }
+            leaves.get_or_insert(insns.len());
+        }
+    }
+    // What follows a branch backward belongs to the block if it is a loop, and is seldom executed if it is not.
+    insns.truncate(leaves.unwrap_or(insns.len()));
+    if looped && !plain {
+        repeat(&mut insns);
     }
     let end = insns.last().map_or(offset, |i| i.offset + i.insn.len() as u32);
     Decoded { insns, needed: flag::ALL, end, stretches: Vec::new() }
@@ -264,11 +275,6 @@ fn keeps_scratch(kind: Kind) -> bool {
     matches!(kind, Kind::Nothing | Kind::Same | Kind::Merge(_) | Kind::Branch)
 }
 
-/// Whether a branch goes back, or to itself.
-pub fn is_backward(insn: &Insn) -> bool {
-    insn.insn.near_branch_target() as i64 <= i64::from(insn.offset)
-}
-
 /// What one block is emitted from, beside its instructions.
 pub struct Parts<'a> {
     /// Every tick may be looked at.
@@ -341,7 +347,7 @@ impl Emission<'_, '_> {
             self.to.end();
         }
         let Some(last) = decoded.insns.last() else { return Ok(None) };
-        if !last.kind.ends() && !(last.kind == Kind::Branch && is_backward(last)) {
+        if !last.kind.ends() {
             self.go(i64::from(decoded.end));
         }
         Ok(Some(entries))

@@ -8,7 +8,7 @@
 //! Manual: Intel SDM Vol. 2 "JMP", "Jcc", "CALL", "RET"; Vol. 1 §3.3.7.1 (canonical addresses).
 
 use super::asm::{Mem, Target, cc, host};
-use super::block::{Decoded, Emission, Exit, ExitForm, Insn, is_backward};
+use super::block::{Decoded, Emission, Exit, ExitForm, Insn};
 use super::classify::Kind;
 use super::check::{Address, Wants};
 use super::emit::TooMany;
@@ -76,12 +76,11 @@ impl Emission<'_, '_> {
         self.to.holds = holds;
     }
 
-    /// Jcc. Forward it leaves the block and the block goes on; backward it ends the block.
+    /// Jcc: the block goes on where it is not taken.
     pub fn branch(&mut self, insn: &Insn) -> Result<(), TooMany> {
         let next = i64::from(insn.offset) + insn.insn.len() as i64;
         let mut condition = condition_code(&insn.insn).ok_or(TooMany)?;
         let mut target = insn.insn.near_branch_target() as i64;
-        let ends = is_backward(insn) && !insn.repeated;
         if insn.repeated {
             // What follows is the target; the branch is taken to leave.
             condition ^= 1;
@@ -110,9 +109,6 @@ impl Emission<'_, '_> {
             self.go(target);
             self.to.asm.cold(false);
             (self.to.flags, self.to.holds) = (flags, holds);
-        }
-        if ends {
-            self.go(next);
         }
         Ok(())
     }
