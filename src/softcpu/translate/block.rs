@@ -18,6 +18,7 @@ use super::asm::{Label, Mem, Target, cc, host};
 use super::classify::{FlagUse, Kind, Setting, classify, flag};
 use super::emit::{Emitter, TooMany};
 use super::flag_state::FlagState;
+use super::homes::Homes;
 use super::layout::{field, hot};
 use super::mode::Mode;
 use super::stretch::{self, Share, Stretch};
@@ -63,6 +64,8 @@ pub struct Decoded {
     pub end: u32,
     /// What several accesses check together.
     pub stretches: Vec<Stretch>,
+    /// It is a loop, and this is how many instructions a round has.
+    pub round: Option<usize>,
 }
 
 /// Decodes a block at `offset` of a page. `plain`: no loop is unrolled.
@@ -111,19 +114,26 @@ pub fn decode(
     }
     // What follows a branch backward belongs to the block if it is a loop, and is seldom executed if it is not.
     insns.truncate(leaves.unwrap_or(insns.len()));
-    if looped && !plain {
+    let round = (looped && !plain).then_some(insns.len());
+    if round.is_some() {
         repeat(&mut insns);
     }
     let end = insns.last().map_or(offset, |i| i.offset + i.insn.len() as u32);
-    Decoded { insns, needed: flag::ALL, end, stretches: Vec::new() }
+    Decoded { insns, needed: flag::ALL, end, stretches: Vec::new(), round }
 }
 
 impl Decoded {
     /// Decides which accesses share checks, and works out which flags somebody may see. `alone` are instructions whose
     /// accesses cannot share one; `tight`: every flag is seen everywhere.
-    fn plan(&mut self, info: &mut InstructionInfoFactory, parts: &Parts<'_>, alone: &[usize]) {
+    fn plan(
+        &mut self,
+        info: &mut InstructionInfoFactory,
+        parts: &Parts<'_>,
+        homes: &Homes,
+        alone: &[usize],
+    ) {
         self.stretches =
-            if parts.plain { Vec::new() } else { stretch::plan(&mut self.insns, info, alone) };
+            if parts.plain { Vec::new() } else { stretch::plan(&mut self.insns, info, homes, alone) };
         self.needed = needs(&mut self.insns, parts.tight);
     }
 }
@@ -291,6 +301,14 @@ pub struct Parts<'a> {
     pub block: u32,
 }
 
+/// Why a block must be emitted once more.
+enum Unfit {
+    /// The access of this instruction cannot share a check.
+    Share(usize),
+    /// Registers must be in their common places.
+    Homes,
+}
+
 /// The emission of a block: the emitter and what it collects.
 pub struct Emission<'a, 'b> {
     /// The emitter.
@@ -309,36 +327,61 @@ impl Emission<'_, '_> {
     /// Emits entries and body.
     pub fn block(&mut self, core: &mut Core, decoded: &mut Decoded) -> Option<Entries> {
         let mut alone = Vec::new();
+        let mut homes = match decoded.round {
+            Some(count) => Homes::for_loop(&decoded.insns[..count], self.to.info),
+            None => Homes::default(),
+        };
         loop {
-            decoded.plan(self.to.info, &self.parts, &alone);
-            match self.body(core, decoded) {
+            decoded.plan(self.to.info, &self.parts, &homes, &alone);
+            match self.body(core, decoded, homes) {
                 Ok(entries) => return entries,
-                // Flags were counted on that its own check would show: the block is made anew.
-                Err(index) => alone.push(index),
+                // The block is made anew: flags were counted on that a check by itself would show …
+                Err(Unfit::Share(index)) => alone.push(index),
+                // … or a handler is called after all, which knows registers in their common places only.
+                Err(Unfit::Homes) => homes = Homes::default(),
             }
         }
     }
 
-    /// Emits everything. The error is the index of an instruction whose access cannot share a check after all.
-    fn body(&mut self, core: &mut Core, decoded: &Decoded) -> Result<Option<Entries>, usize> {
+    /// Emits everything.
+    fn body(
+        &mut self,
+        core: &mut Core,
+        decoded: &Decoded,
+        homes: Homes,
+    ) -> Result<Option<Entries>, Unfit> {
         self.to.restart();
+        self.to.homes = homes;
         self.ops.clear();
         self.exits.clear();
         self.to.relies = !decoded.stretches.is_empty();
         let entries = self.entries(decoded);
+        self.to.swap_in();
+        let body = self.to.asm.here();
+        let mut turned = false;
         for (i, insn) in decoded.insns.iter().enumerate() {
             let undo = self.to.begin(i as u32, insn.offset);
             self.to.in_shadow = i > 0 && decoded.insns[i - 1].kind == Kind::SetInterrupts;
             if let Some(share) = insn.share {
                 self.settle(insn);
-                self.shared(insn, share, &decoded.stretches).map_err(|TooMany| i)?;
+                self.shared(insn, share, &decoded.stretches).map_err(|TooMany| Unfit::Share(i))?;
             } else {
                 if !keeps_scratch(insn.kind) {
                     self.to.holds = [None; 2];
                 }
-                if self.instruction(core, insn, decoded).is_err() {
+                let done = if decoded.round.is_some() && i + 1 == decoded.insns.len() {
+                    turned = true;
+                    self.turn(insn, decoded, body)
+                } else {
+                    self.instruction(core, insn, decoded)
+                };
+                if done.is_err() {
+                    if !homes.is_common() {
+                        return Err(Unfit::Homes);
+                    }
                     self.to.take_back(undo);
                     self.by_handler(core, insn);
+                    turned = false;
                 }
                 if !keeps_scratch(insn.kind) {
                     self.to.holds = [None; 2];
@@ -347,7 +390,7 @@ impl Emission<'_, '_> {
             self.to.end();
         }
         let Some(last) = decoded.insns.last() else { return Ok(None) };
-        if !last.kind.ends() {
+        if !turned && !last.kind.ends() {
             self.go(i64::from(decoded.end));
         }
         Ok(Some(entries))

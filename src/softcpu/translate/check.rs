@@ -9,7 +9,7 @@
 use super::asm::{Mem, Target, cc, host};
 use super::classify::{access_size, must_be_aligned};
 use super::emit::{Emitter, TooMany};
-use super::layout::{Home, field, home, hot, segment_base, tlb_array};
+use super::layout::{Home, field, hot, segment_base, tlb_array};
 use super::mode::Mode;
 use crate::decode::segment_index;
 use crate::tlb::TlbSide;
@@ -115,7 +115,7 @@ impl Emitter<'_> {
 
     /// A host register with the value of a guest's: its own, or `scratch` after a load.
     pub fn value(&mut self, register: u8, scratch: u8) -> u8 {
-        match home(register) {
+        match self.home(register) {
             Home::Host(number) => number,
             Home::Memory(at) => {
                 self.asm.load(scratch, Mem::frame(at));
@@ -198,6 +198,12 @@ pub fn access(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<(
         _ => return None,
     };
     Some((size, wants))
+}
+
+/// The general registers that an instruction has to do with, a bit each.
+pub fn used(info: &mut InstructionInfoFactory, insn: &Instruction) -> u16 {
+    let used = info.info(insn).used_registers().iter().filter(|used| used.register().is_gpr());
+    used.fold(0, |mask, used| mask | 1 << (used.register().full_register().number() & 15))
 }
 
 /// The general registers that an instruction changes, a bit each.

@@ -12,7 +12,8 @@ use super::classify::flag;
 use super::flag_state::FlagState;
 use super::gates::Gates;
 use super::guard::Place;
-use super::layout::{Home, SYSTEM_FLAGS, field, home, hot};
+use super::homes::Homes;
+use super::layout::{Home, SYSTEM_FLAGS, field, hot};
 use super::mode::Mode;
 use super::recipe::Recipe;
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, OpKind, Register};
@@ -50,6 +51,8 @@ pub struct Emitter<'a> {
     /// Where the flags were when a way out was taken.
     slow_flags: FlagState,
     slow_recipe: Option<Recipe>,
+    /// Where guest registers are.
+    pub homes: Homes,
     /// Stretches whose host address RAX and R10 hold.
     pub holds: [Option<u8>; 2],
     /// The block has stretches.
@@ -100,6 +103,7 @@ impl<'a> Emitter<'a> {
             recipe: None,
             slow_flags: flags,
             slow_recipe: None,
+            homes: Homes::default(),
             holds: [None; 2],
             relies: false,
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
@@ -156,6 +160,7 @@ impl<'a> Emitter<'a> {
                 self.again(&recipe);
                 self.save_flags();
             }
+            self.swap_out();
             self.note_exit();
             if self.in_shadow {
                 self.asm.store_imm32(field(hot!(exit_in_shadow)), 1);
@@ -212,7 +217,7 @@ impl<'a> Emitter<'a> {
             self.merge_flags(taken);
         } else if uses.may_write != 0 {
             self.flags = if insn.needed_after == 0 { FlagState::Dead } else { FlagState::Host };
-            self.recipe = if uses.writes == flag::ALL { Recipe::of(&insn.insn) } else { None };
+            self.recipe = if uses.writes == flag::ALL { Recipe::of(&insn.insn, &self.homes) } else { None };
         }
         Ok(())
     }
@@ -228,7 +233,7 @@ impl<'a> Emitter<'a> {
         self.address(Address::Operand(&plain))?;
         let number = destination.full_register().number() as u8;
         let size = destination.size() as u8;
-        match (home(number), size) {
+        match (self.home(number), size) {
             (Home::Host(to), _) => self.asm.op_reg(size, &[0x8b], to, RAX),
             (Home::Memory(at), 2) => self.asm.op_mem(2, &[0x89], RAX, Mem::frame(at)),
             (Home::Memory(at), size) => {
@@ -243,11 +248,11 @@ impl<'a> Emitter<'a> {
 
     /// LEA of host registers into a host register.
     fn direct_load_address(&mut self, insn: &Instruction) -> Option<()> {
-        let host = |register: Register| match home(register.full_register().number() as u8) {
+        let host = |register: Register| match self.home(register.full_register().number() as u8) {
             Home::Host(number) if register.is_gpr64() => Some(number),
             _ => None,
         };
-        let to = match home(insn.op0_register().full_register().number() as u8) {
+        let to = match self.home(insn.op0_register().full_register().number() as u8) {
             Home::Host(number) if insn.op0_register().size() >= 4 => number,
             _ => return None,
         };

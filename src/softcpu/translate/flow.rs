@@ -7,7 +7,7 @@
 //!
 //! Manual: Intel SDM Vol. 2 "JMP", "Jcc", "CALL", "RET"; Vol. 1 §3.3.7.1 (canonical addresses).
 
-use super::asm::{Mem, Target, cc, host};
+use super::asm::{Label, Mem, Target, cc, host};
 use super::block::{Decoded, Emission, Exit, ExitForm, Insn};
 use super::classify::Kind;
 use super::check::{Address, Wants};
@@ -29,12 +29,14 @@ impl Emission<'_, '_> {
             if self.to.flags == FlagState::Again {
                 self.to.need_flags();
             }
+            self.to.swap_out();
             let form = if self.to.flags == FlagState::Host { ExitForm::Host } else { ExitForm::Saved };
             let stub = self.to.asm.label();
             let operand = self.to.asm.jmp(Target::Here(stub));
             self.exit(operand, stub, form, target);
         } else {
             self.to.keep_flags();
+            self.to.swap_out();
             self.far(target);
         }
     }
@@ -89,7 +91,7 @@ impl Emission<'_, '_> {
         self.to.need_flags();
         let undone = self.to.total - (self.to.index + 1);
         let near = (0..4096).contains(&target);
-        if near && undone == 0 {
+        if near && undone == 0 && self.to.homes.is_common() {
             let form = if self.to.flags == FlagState::Host { ExitForm::Host } else { ExitForm::Saved };
             let stub = self.to.asm.label();
             let operand = self.to.asm.jcc(condition, Target::Here(stub));
@@ -110,6 +112,31 @@ impl Emission<'_, '_> {
             self.to.asm.cold(false);
             (self.to.flags, self.to.holds) = (flags, holds);
         }
+        Ok(())
+    }
+
+    /// The branch back to the start of a loop: what the block's entry does is done here. `body` is where it goes.
+    pub fn turn(&mut self, insn: &Insn, decoded: &Decoded, body: Label) -> Result<(), TooMany> {
+        let condition = condition_code(&insn.insn).ok_or(TooMany)?;
+        self.to.need_flags();
+        let leaves = self.to.asm.label();
+        self.to.asm.jcc(condition ^ 1, Target::Here(leaves));
+        let flags = self.to.flags;
+        self.to.asm.cold(true);
+        self.to.asm.bind(leaves);
+        self.go(i64::from(insn.offset) + insn.insn.len() as i64);
+        self.to.asm.cold(false);
+        self.to.flags = flags;
+        if decoded.needed != 0 {
+            self.to.keep_flags();
+        }
+        let count = self.to.total;
+        self.to.asm.alu_mem_imm(8, 5, field(hot!(budget)), count as i32);
+        self.to.asm.jcc(cc::S ^ 1, Target::Here(body));
+        self.to.swap_out();
+        self.to.asm.store_imm32(field(hot!(exit_offset)), insn.insn.near_branch_target() as u32);
+        self.to.asm.store_imm32(field(hot!(undone)), count);
+        self.to.asm.jmp(Target::Arena(self.to.gates.budget));
         Ok(())
     }
 

@@ -61,6 +61,8 @@ pub struct Hot {
     pub stopped: u64,
     /// Host addresses of the stretches of the running block: see [`super::guard`].
     pub stretches: [u64; super::stretch::MOST],
+    /// Guest registers whose host register another has in the running loop: see [`super::homes`].
+    pub parked: [u64; 3],
 }
 
 /// A field of [`Hot`].

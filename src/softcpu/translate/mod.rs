@@ -8,7 +8,7 @@
 //! The path of one access: [`check`] (a hit: eight instructions), or [`guard`] where several share one → [`gates`] → `refill` in [`run`] →
 //! [`crate::memory`]'s walk → [`crate::tlb_inline`]; what cannot be filled → the interpreter → a fault, an exit, a device.
 //!
-//! Read in this order: [`layout`], [`mode`], [`classify`], [`block`], [`stretch`], [`emit`], [`flag_state`], [`check`], [`guard`],
+//! Read in this order: [`layout`], [`mode`], [`classify`], [`block`], [`stretch`], [`homes`], [`emit`], [`flag_state`], [`check`], [`guard`],
 //! [`substitute`], [`flow`], [`stack`], [`gates`], [`blocks`], [`run`].
 //!
 //! Guests are hostile: translated code reaches guest memory only through the check, whose entries were filled for whole
@@ -31,6 +31,7 @@ pub mod flow;
 pub mod frame;
 pub mod gates;
 pub mod guard;
+pub mod homes;
 pub mod host_flags;
 pub mod layout;
 pub mod mode;

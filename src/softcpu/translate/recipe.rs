@@ -8,7 +8,8 @@
 //! Manual: Intel SDM Vol. 1 appendix A (flags of each instruction). AF after logic is undefined, and is clear on every
 //! processor after TEST as after AND, OR and XOR, and in the model.
 
-use super::layout::{Home, home};
+use super::homes::Homes;
+use super::layout::Home;
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 /// What gives the flags of the last instruction that wrote them again.
@@ -22,13 +23,13 @@ pub struct Recipe {
 
 impl Recipe {
     /// For an instruction that writes all arithmetic flags.
-    pub fn of(insn: &Instruction) -> Option<Self> {
+    pub fn of(insn: &Instruction, homes: &Homes) -> Option<Self> {
         use Mnemonic as M;
         let mut registers = 0;
         for i in 0..insn.op_count() {
             match insn.op_kind(i) {
                 OpKind::Memory => return None,
-                OpKind::Register => registers |= usable(insn.op_register(i))?,
+                OpKind::Register => registers |= usable(insn.op_register(i), homes)?,
                 _ => {}
             }
         }
@@ -45,7 +46,7 @@ impl Recipe {
                     Code::Test_rm64_r64,
                 );
                 let test = Instruction::with2(code, result, result).ok()?;
-                Some(Self { insns: [Some(test), None], registers: usable(result)? })
+                Some(Self { insns: [Some(test), None], registers: usable(result, homes)? })
             }
             M::Add | M::Sub => Some(Self { insns: [Some(opposite(insn)?), Some(*insn)], registers }),
             _ => None,
@@ -93,12 +94,12 @@ fn sized(size: usize, one: Code, two: Code, four: Code, eight: Code) -> Code {
 }
 
 /// The bit of a register that a recipe may use: one that needs no scratch. RSP changes too often to be worth it.
-fn usable(register: Register) -> Option<u16> {
+fn usable(register: Register, homes: &Homes) -> Option<u16> {
     if !register.is_gpr() || matches!(register, Register::AH | Register::CH | Register::DH | Register::BH) {
         return None;
     }
     let number = register.full_register().number() as u8;
-    (number != 4 && matches!(home(number), Home::Host(_))).then_some(1 << number)
+    (number != 4 && matches!(homes.of(number), Home::Host(_))).then_some(1 << number)
 }
 
 #[cfg(test)]
@@ -109,7 +110,7 @@ mod tests {
     fn recipe(f: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) -> Option<Vec<String>> {
         let mut asm = CodeAssembler::new(64).unwrap();
         f(&mut asm).unwrap();
-        let recipe = Recipe::of(&asm.instructions()[0])?;
+        let recipe = Recipe::of(&asm.instructions()[0], &Homes::default())?;
         Some(recipe.insns.iter().flatten().map(|i| i.to_string()).collect())
     }
 

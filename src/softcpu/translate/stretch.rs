@@ -15,7 +15,8 @@
 use super::block::Insn;
 use super::check::{Wants, access, changed};
 use super::classify::{Kind, must_be_aligned};
-use super::layout::{Home, home};
+use super::homes::Homes;
+use super::layout::Home;
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 /// Stretches of one block at most: the frame has so many places for host addresses.
@@ -90,7 +91,12 @@ struct Growing {
 }
 
 /// Finds the stretches of a block and notes in its instructions what they share. `alone` are those that cannot.
-pub fn plan(insns: &mut [Insn], info: &mut InstructionInfoFactory, alone: &[usize]) -> Vec<Stretch> {
+pub fn plan(
+    insns: &mut [Insn],
+    info: &mut InstructionInfoFactory,
+    homes: &Homes,
+    alone: &[usize],
+) -> Vec<Stretch> {
     let mut growing: Vec<Growing> = Vec::new();
     // Stretches before this one are over.
     let mut open = 0;
@@ -106,7 +112,7 @@ pub fn plan(insns: &mut [Insn], info: &mut InstructionInfoFactory, alone: &[usiz
         let in_shadow = i > 0 && insns[i - 1].kind == Kind::SetInterrupts;
         if !in_shadow
             && !alone.contains(&i)
-            && let Some(access) = values.access_of(insn, info)
+            && let Some(access) = values.access_of(insn, info, homes)
         {
             join(&mut growing, open, i, access);
         }
@@ -172,7 +178,7 @@ impl Values {
     }
 
     /// The access of an instruction, if it can share a check.
-    fn access_of(&self, insn: &Insn, info: &mut InstructionInfoFactory) -> Option<Access> {
+    fn access_of(&self, insn: &Insn, info: &mut InstructionInfoFactory, homes: &Homes) -> Option<Access> {
         let i = &insn.insn;
         let word = |register: usize, distance: i64, writes| {
             let value = self.registers[register];
@@ -185,12 +191,17 @@ impl Values {
             Kind::Pop if i.op0_register() != Register::RSP => word(RSP, 0, false),
             Kind::Return => word(RSP, 0, false),
             Kind::Leave => word(RBP, 0, false),
-            Kind::Same | Kind::Merge(_) => self.operand(i, info),
+            Kind::Same | Kind::Merge(_) => self.operand(i, info, homes),
             _ => None,
         }
     }
 
-    fn operand(&self, i: &Instruction, info: &mut InstructionInfoFactory) -> Option<Access> {
+    fn operand(
+        &self,
+        i: &Instruction,
+        info: &mut InstructionInfoFactory,
+        homes: &Homes,
+    ) -> Option<Access> {
         let (size, wants) = access(info, i)?;
         let (base, index) = (i.memory_base(), i.memory_index());
         let plain = (base == Register::None || base == Register::RIP || base.is_gpr64())
@@ -223,7 +234,7 @@ impl Values {
                 }
             }
         }
-        if !registers_suffice(i, own_index) || at.unsigned_abs() > 1 << 30 {
+        if !registers_suffice(i, own_index, homes) || at.unsigned_abs() > 1 << 30 {
             return None;
         }
         let key = Key { base: root, index: key_index, writes: wants != Wants::Read };
@@ -318,7 +329,7 @@ impl Values {
 
 /// Whether the two scratch registers are enough: one is for the host address, the other for one register that lives in
 /// memory. Second bytes of registers cannot be named beside a register above the eighth.
-fn registers_suffice(i: &Instruction, index: Option<(u8, u8)>) -> bool {
+fn registers_suffice(i: &Instruction, index: Option<(u8, u8)>, homes: &Homes) -> bool {
     let mut in_memory = [false; 16];
     for operand in 0..i.op_count() {
         if i.op_kind(operand) != OpKind::Register || !i.op_register(operand).is_gpr() {
@@ -329,9 +340,9 @@ fn registers_suffice(i: &Instruction, index: Option<(u8, u8)>) -> bool {
             return false;
         }
         let number = register.full_register().number() & 15;
-        in_memory[number] |= matches!(home(number as u8), Home::Memory(_));
+        in_memory[number] |= matches!(homes.of(number as u8), Home::Memory(_));
     }
     let operands = in_memory.iter().filter(|&&there| there).count();
-    let index = index.is_some_and(|(register, _)| matches!(home(register), Home::Memory(_)));
+    let index = index.is_some_and(|(register, _)| matches!(homes.of(register), Home::Memory(_)));
     operands + usize::from(index) <= 1
 }

@@ -8,7 +8,8 @@
 use super::asm::{Mem, host};
 use super::emit::{Emitter, TooMany};
 use super::guard::Place;
-use super::layout::{Home, home};
+use super::homes::Homes;
+use super::layout::Home;
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 const RAX: u8 = host::RAX;
@@ -30,7 +31,7 @@ impl Emitter<'_> {
         super::recode::without_fixed_registers(&mut insn);
         // Only the host's RAX has a second byte that can be named.
         let accumulator = accumulator || place.is_none() && names_ah(guest);
-        let mut scratch = Scratch::new(place, accumulator, self.holds);
+        let mut scratch = Scratch::new(place, accumulator, self);
         if place.is_none() && !accumulator {
             self.operand_in_memory(&mut insn);
         }
@@ -86,12 +87,13 @@ impl Emitter<'_> {
     /// The slots of guest registers in memory that the instruction writes, and those of them whose old value nobody wants.
     fn written(&mut self, guest: &Instruction) -> (Vec<i32>, Vec<i32>) {
         let (mut written, mut wanted) = (Vec::new(), Vec::new());
+        let homes = self.homes;
         let info = self.info.info(guest);
         for i in 0..guest.op_count() {
             if guest.op_kind(i) != OpKind::Register || !guest.op_register(i).is_gpr() {
                 continue;
             }
-            let Home::Memory(slot) = home(guest.op_register(i).full_register().number() as u8) else {
+            let Home::Memory(slot) = homes.of(guest.op_register(i).full_register().number() as u8) else {
                 continue;
             };
             match info.op_access(i) {
@@ -109,7 +111,8 @@ impl Emitter<'_> {
 
     /// If one operand is a register that lives in memory, and the instruction can take it from there, lets it.
     fn operand_in_memory(&mut self, insn: &mut Instruction) {
-        let in_memory = |insn: &Instruction, i| match home(insn.op_register(i).full_register().number() as u8)
+        let homes = self.homes;
+        let in_memory = |insn: &Instruction, i| match homes.of(insn.op_register(i).full_register().number() as u8)
         {
             Home::Memory(slot) if insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr() => {
                 Some(slot)
@@ -155,19 +158,21 @@ fn names_ah(insn: &Instruction) -> bool {
 
 /// Scratch registers given to guest registers that live in memory.
 struct Scratch {
+    homes: Homes,
     free: Vec<u8>,
     loaded: Vec<(i32, u8)>,
 }
 
 impl Scratch {
-    /// `holds` says which of the two registers hold the host address of a stretch: they are taken last.
-    fn new(place: Option<Place>, accumulator: bool, holds: [Option<u8>; 2]) -> Self {
+    /// Registers that hold the host address of a stretch are taken last.
+    fn new(place: Option<Place>, accumulator: bool, emitter: &Emitter<'_>) -> Self {
+        let (homes, holds) = (emitter.homes, emitter.holds);
         let taken = |r: u8| {
             place.is_some_and(|p| p.base == r || p.index.is_some_and(|(index, _)| index == r))
                 || accumulator && r == RAX
         };
         let order = if holds[0].is_some() && holds[1].is_none() { [RAX, R10] } else { [R10, RAX] };
-        Self { free: order.into_iter().filter(|&r| !taken(r)).collect(), loaded: Vec::new() }
+        Self { homes, free: order.into_iter().filter(|&r| !taken(r)).collect(), loaded: Vec::new() }
     }
 
     fn loaded(&self) -> &[(i32, u8)] {
@@ -183,7 +188,7 @@ impl Scratch {
             return Ok(register);
         }
         let guest = register.full_register().number() as u8;
-        let number = match home(guest) {
+        let number = match self.homes.of(guest) {
             Home::Host(_) if accumulator && guest == 0 => RAX,
             Home::Host(number) => number,
             Home::Memory(slot) => match self.loaded.iter().find(|(s, _)| *s == slot) {
