@@ -178,6 +178,8 @@ pub struct Tlb {
     pub flushes: u64,
     /// Entries for data that had to go for others.
     pub evictions: u64,
+    /// The host pages of the last two of them.
+    pub evicted: [u64; 2],
     /// Grows with whatever may change where a fetch goes; caches of fetch translations compare it.
     pub fetch_generation: u64,
     /// Grows with whatever may change where a fetch through any entry goes, single pages apart.
@@ -202,6 +204,7 @@ impl Default for Tlb {
             large: LargeFilter::default(),
             flushes: 0,
             evictions: 0,
+            evicted: [0; 2],
             fetch_generation: 0,
             global_generation: 0,
             flushed_pages: Vec::new(),
@@ -278,6 +281,7 @@ impl Tlb {
             }
         };
         if evicted.tag != 0 {
+            self.evicted[(self.evictions & 1) as usize] = (evicted.tag & !0xfff).wrapping_add(evicted.addend);
             self.evictions += 1;
             self.inline.remove(side, evicted.tag);
         }

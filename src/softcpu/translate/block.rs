@@ -354,7 +354,7 @@ impl Emission<'_, '_> {
         self.to.homes = homes;
         self.ops.clear();
         self.exits.clear();
-        self.to.relies = !decoded.stretches.is_empty();
+        self.to.stretches = decoded.stretches.len() as u32;
         let entries = self.entries(decoded);
         self.to.swap_in();
         let body = self.to.asm.here();

@@ -36,8 +36,8 @@ pub const fn wanted(size: u32, wants: Wants, segment: u8) -> u32 {
     size | (wants as u32) << 8 | (segment as u32) << 16
 }
 
-/// Added to what is wanted: accesses of the block that share a check rely on the TLB as it is.
-pub const RELIES: u32 = 1 << 24;
+/// Where in what is wanted the number of stretches stands whose accesses rely on the TLB as it is.
+pub const STRETCHES: u32 = 24;
 
 /// An address to check.
 #[derive(Clone, Copy, Debug)]
@@ -157,7 +157,7 @@ impl Emitter<'_> {
         self.asm.cold(true);
         self.asm.bind(miss);
         self.address(address)?;
-        self.asm.imm(R10, u64::from(wanted(size, wants, segment) | if self.relies { RELIES } else { 0 }));
+        self.asm.imm(R10, u64::from(wanted(size, wants, segment) | self.stretches << STRETCHES));
         self.asm.call(Target::Arena(self.gates.refill));
         self.asm.jmp(Target::Here(again));
         let slow = self.slow();

@@ -55,8 +55,8 @@ pub struct Emitter<'a> {
     pub homes: Homes,
     /// Stretches whose host address RAX and R10 hold.
     pub holds: [Option<u8>; 2],
-    /// The block has stretches.
-    pub relies: bool,
+    /// How many stretches the block has.
+    pub stretches: u32,
     /// The host has BMI2.
     pub bmi2: bool,
     /// The way to the interpreter for it, once one is needed.
@@ -105,7 +105,7 @@ impl<'a> Emitter<'a> {
             slow_recipe: None,
             homes: Homes::default(),
             holds: [None; 2],
-            relies: false,
+            stretches: 0,
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
             slow: None,
         }

@@ -14,7 +14,7 @@ use super::asm::Asm;
 use super::block::{self, Emission, Parts};
 use super::blocks::{Block, Blocks, Link, key};
 use super::classify::{HostFlags, Setting};
-use super::check::{RELIES, Wants};
+use super::check::{STRETCHES, Wants};
 use super::emit::Emitter;
 use super::flag_state::FlagState;
 use super::frame::{self, FrameBox};
@@ -631,6 +631,13 @@ pub unsafe extern "sysv64" fn refill(core: *mut Core, lin: u64, wanted: u64) -> 
         return 0;
     }
     leave_soon(core);
-    // An entry had to go on which another access of the block may rely, where the interpreter would walk.
-    u64::from(wanted & u64::from(RELIES) == 0 || core.tlb.evictions == evictions)
+    let stretches = (wanted >> STRETCHES) as usize;
+    u64::from(core.tlb.evictions == evictions || !relied_on(core, stretches))
+}
+
+/// Whether an entry had to go that other accesses of the running block share: the interpreter would walk for them, and so
+/// the block is left. What stands in the frame since before the block counts too, which happens seldom and does no harm.
+fn relied_on(core: &Core, stretches: usize) -> bool {
+    let evicted = core.tlb.evicted;
+    core.hot.stretches.iter().take(stretches).any(|host| evicted.contains(&(host & !0xfff)))
 }
