@@ -19,6 +19,7 @@ mod program;
 mod rare;
 mod seated;
 mod spaces;
+mod stretches;
 mod strides;
 mod vectors;
 mod world;

@@ -162,7 +162,7 @@ fn place(code: &mut Vec<u8>, bytes: &[u8]) {
     }
 }
 
-fn variable(name: &str, default: u64) -> u64 {
+pub fn variable(name: &str, default: u64) -> u64 {
     let Ok(value) = std::env::var(name) else { return default };
     value.parse().unwrap_or_else(|_| panic!("{name}={value} is not a number"))
 }

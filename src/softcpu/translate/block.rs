@@ -125,13 +125,7 @@ pub fn decode(
 impl Decoded {
     /// Decides which accesses share checks, and works out which flags somebody may see. `alone` are instructions whose
     /// accesses cannot share one; `tight`: every flag is seen everywhere.
-    fn plan(
-        &mut self,
-        info: &mut InstructionInfoFactory,
-        parts: &Parts<'_>,
-        homes: &Homes,
-        alone: &[usize],
-    ) {
+    fn plan(&mut self, info: &mut InstructionInfoFactory, parts: &Parts<'_>, homes: &Homes, alone: &[usize]) {
         self.stretches =
             if parts.plain { Vec::new() } else { stretch::plan(&mut self.insns, info, homes, alone) };
         self.needed = needs(&mut self.insns, parts.tight);
@@ -344,12 +338,7 @@ impl Emission<'_, '_> {
     }
 
     /// Emits everything.
-    fn body(
-        &mut self,
-        core: &mut Core,
-        decoded: &Decoded,
-        homes: Homes,
-    ) -> Result<Option<Entries>, Unfit> {
+    fn body(&mut self, core: &mut Core, decoded: &Decoded, homes: Homes) -> Result<Option<Entries>, Unfit> {
         self.to.restart();
         self.to.homes = homes;
         self.ops.clear();

@@ -5,12 +5,12 @@
 //! not replaced, so it must be nothing that is elsewhere while translated code runs.
 
 use super::asm::{Asm, host};
-use super::classify::{HostFlags, Kind, Setting, access_size, classify};
 use super::check::Wants;
+use super::classify::{HostFlags, Kind, Setting, access_size, classify};
 use super::emit::{Emitter, TooMany};
 use super::flag_state::FlagState;
-use super::guard::Place;
 use super::gates::Gates;
+use super::guard::Place;
 use super::layout::{Home, home};
 use super::mode::Mode;
 use super::recode::without_fixed_registers;

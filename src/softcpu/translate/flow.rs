@@ -9,8 +9,8 @@
 
 use super::asm::{Label, Mem, Target, cc, host};
 use super::block::{Decoded, Emission, Exit, ExitForm, Insn};
-use super::classify::Kind;
 use super::check::{Address, Wants};
+use super::classify::Kind;
 use super::emit::TooMany;
 use super::flag_state::FlagState;
 use super::layout::{ATTENTION, TLB_KEY, field, hot};

@@ -139,7 +139,8 @@ impl Emitter<'_> {
             return self.address(Address::Stack(stack));
         }
         let mut operand = insn.insn;
-        let start = (operand.memory_displacement64() as i64).checked_sub(i64::from(share.at)).ok_or(TooMany)?;
+        let start =
+            (operand.memory_displacement64() as i64).checked_sub(i64::from(share.at)).ok_or(TooMany)?;
         operand.set_memory_displacement64(start as u64);
         if share.index.is_some() {
             operand.set_memory_index(Register::None);

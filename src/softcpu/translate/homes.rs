@@ -71,9 +71,10 @@ impl Homes {
         let mut idle: Vec<u8> =
             (0..16).filter(|&r| r != RSP && pinned & 1 << r == 0 && !IN_MEMORY.contains(&r)).collect();
         idle.sort_by_key(|&register| uses[usize::from(register)]);
-        let pairs = busy.into_iter().zip(idle).take_while(|&(busy, idle)| {
-            uses[usize::from(busy)] >= uses[usize::from(idle)] + WORTH
-        });
+        let pairs = busy
+            .into_iter()
+            .zip(idle)
+            .take_while(|&(busy, idle)| uses[usize::from(busy)] >= uses[usize::from(idle)] + WORTH);
         for (nth, (comes, goes)) in pairs.enumerate() {
             let Home::Host(host) = homes.of(goes) else { break };
             let parked = hot!(parked) + nth as i32 * 8;
@@ -95,16 +96,15 @@ fn census(body: &[Insn], info: &mut InstructionInfoFactory) -> Option<([u32; 16]
             return None;
         }
         let mut named = 0u16;
-        let operands = (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n));
+        let operands =
+            (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n));
         for register in operands.chain([i.memory_base(), i.memory_index()]).filter(|r| r.is_gpr()) {
             let number = register.full_register().number() & 15;
             uses[number] += 1;
             named |= 1 << number;
             // The count of a shift is in CL, and only the first four registers have a second byte.
-            let fixed = matches!(
-                register,
-                Register::CL | Register::AH | Register::BH | Register::CH | Register::DH
-            );
+            let fixed =
+                matches!(register, Register::CL | Register::AH | Register::BH | Register::CH | Register::DH);
             pinned |= u16::from(fixed) << number;
         }
         pinned |= used(info, i) & !named;

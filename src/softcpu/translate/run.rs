@@ -13,8 +13,8 @@ use super::arena::Arena;
 use super::asm::Asm;
 use super::block::{self, Emission, Parts};
 use super::blocks::{Block, Blocks, Link, key};
-use super::classify::{HostFlags, Setting};
 use super::check::{STRETCHES, Wants};
+use super::classify::{HostFlags, Setting};
 use super::emit::Emitter;
 use super::flag_state::FlagState;
 use super::frame::{self, FrameBox};
@@ -233,7 +233,8 @@ impl Translator {
                     }
                     if link != NO_LINK {
                         from = Some((self.blocks.epoch, link / MOST_EXITS, link % MOST_EXITS));
-                        let link = self.blocks.get(link / MOST_EXITS).and_then(|b| b.links.get(exit_of(link)));
+                        let link =
+                            self.blocks.get(link / MOST_EXITS).and_then(|b| b.links.get(exit_of(link)));
                         self.plain_at = link.is_some_and(|link| link.mode.plain()).then_some(target);
                     } else if let Some(mode) = self.mode(core) {
                         // Perhaps an indirect branch to another target of the same entry.
@@ -450,7 +451,8 @@ impl Translator {
             targets: frame::targets(mode.index()),
             block: self.blocks.next_number(),
         };
-        let mut emission = Emission { to, parts, ops: Vec::new(), exits: Vec::new(), arrives_in: mode.with_plain(false) };
+        let mut emission =
+            Emission { to, parts, ops: Vec::new(), exits: Vec::new(), arrives_in: mode.with_plain(false) };
         let entries = emission.block(core, decoded)?;
         let (ops, exits) = (emission.ops, emission.exits);
         let origin = self.blocks.arena.room(self.asm.size())?;

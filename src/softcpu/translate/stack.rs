@@ -4,8 +4,8 @@
 
 use super::asm::{Mem, cc, host};
 use super::block::Insn;
-use super::classify::flag;
 use super::check::{Address, Wants};
+use super::classify::flag;
 use super::emit::{Emitter, TooMany};
 use super::flag_state::FlagState;
 use super::layout::{Home, field, home, hot, segment_base, selector};

@@ -196,12 +196,7 @@ impl Values {
         }
     }
 
-    fn operand(
-        &self,
-        i: &Instruction,
-        info: &mut InstructionInfoFactory,
-        homes: &Homes,
-    ) -> Option<Access> {
+    fn operand(&self, i: &Instruction, info: &mut InstructionInfoFactory, homes: &Homes) -> Option<Access> {
         let (size, wants) = access(info, i)?;
         let (base, index) = (i.memory_base(), i.memory_index());
         let plain = (base == Register::None || base == Register::RIP || base.is_gpr64())
@@ -294,11 +289,8 @@ impl Values {
                 (value.most.is_some() && value.offset == 0).then_some(value)
             }
             M::Movzx if to.size() >= 4 => {
-                let byte = if from_register {
-                    i.op1_register().is_gpr8()
-                } else {
-                    i.memory_size().size() == 1
-                };
+                let byte =
+                    if from_register { i.op1_register().is_gpr8() } else { i.memory_size().size() == 1 };
                 byte.then(|| self.fresh(Some(255)))
             }
             M::And if to.size() >= 4 => {

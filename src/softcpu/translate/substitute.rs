@@ -47,8 +47,9 @@ impl Emitter<'_> {
                 OpKind::Memory => {
                     if let Some(place) = place {
                         insn.set_memory_base(sized(place.base, 8));
-                        let (index, scale) =
-                            place.index.map_or((Register::None, 0), |(index, scale)| (sized(index, 8), scale));
+                        let (index, scale) = place
+                            .index
+                            .map_or((Register::None, 0), |(index, scale)| (sized(index, 8), scale));
                         insn.set_memory_index(index);
                         insn.set_memory_index_scale(1 << scale);
                         insn.set_memory_displacement64(place.disp as i64 as u64);
@@ -112,13 +113,13 @@ impl Emitter<'_> {
     /// If one operand is a register that lives in memory, and the instruction can take it from there, lets it.
     fn operand_in_memory(&mut self, insn: &mut Instruction) {
         let homes = self.homes;
-        let in_memory = |insn: &Instruction, i| match homes.of(insn.op_register(i).full_register().number() as u8)
-        {
-            Home::Memory(slot) if insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr() => {
-                Some(slot)
-            }
-            _ => None,
-        };
+        let in_memory =
+            |insn: &Instruction, i| match homes.of(insn.op_register(i).full_register().number() as u8) {
+                Home::Memory(slot) if insn.op_kind(i) == OpKind::Register && insn.op_register(i).is_gpr() => {
+                    Some(slot)
+                }
+                _ => None,
+            };
         let mut found = (0..insn.op_count()).filter_map(|i| Some((i, in_memory(insn, i)?)));
         let (Some((operand, slot)), None) = (found.next(), found.next()) else { return };
         // A 32-bit result clears the upper half of its register, which a store to memory would not; and a load of the whole
