@@ -130,6 +130,13 @@ impl Decoded {
             if parts.plain { Vec::new() } else { stretch::plan(&mut self.insns, info, homes, alone) };
         self.needed = needs(&mut self.insns, parts.tight);
     }
+
+    /// The instructions for which this one makes the check, itself among them.
+    fn shared_with(&self, guard: u32) -> Vec<usize> {
+        let stretch = |insn: &Insn| insn.share.map(|share| share.stretch);
+        let Some(wanted) = self.insns.get(guard as usize).and_then(stretch) else { return Vec::new() };
+        (0..self.insns.len()).filter(|&i| stretch(&self.insns[i]) == Some(wanted)).collect()
+    }
 }
 
 /// Unrolls a loop that is one block: what is done once a block is then done once for several rounds.
@@ -248,6 +255,8 @@ pub struct Exit {
     pub form: ExitForm,
     /// The mode that it arrives in.
     pub mode: Mode,
+    /// It is taken when the check of a stretch fails: the instruction that makes it.
+    pub guard: Option<u32>,
 }
 
 /// In what state an exit arrives.
@@ -293,6 +302,8 @@ pub struct Parts<'a> {
     pub targets: i32,
     /// The number of the block, for its exits.
     pub block: u32,
+    /// Instructions that made a check for others which failed too often.
+    pub unshared: &'a [u32],
 }
 
 /// Why a block must be emitted once more.
@@ -315,6 +326,8 @@ pub struct Emission<'a, 'b> {
     pub exits: Vec<Exit>,
     /// The mode in which the block is left.
     pub arrives_in: Mode,
+    /// The exit that comes next is that of a check which this instruction makes for others.
+    pub guard: Option<u32>,
 }
 
 impl Emission<'_, '_> {
@@ -325,6 +338,11 @@ impl Emission<'_, '_> {
             Some(count) => Homes::for_loop(&decoded.insns[..count], self.to.info),
             None => Homes::default(),
         };
+        for &guard in self.parts.unshared {
+            decoded.plan(self.to.info, &self.parts, &homes, &alone);
+            alone.extend(decoded.shared_with(guard));
+            alone.push(guard as usize);
+        }
         loop {
             decoded.plan(self.to.info, &self.parts, &homes, &alone);
             match self.body(core, decoded, homes) {

@@ -27,6 +27,13 @@ const MOST_KNOWN: usize = 4 * CODE_PAGES;
 const HOT: u32 = 24;
 const COOLING: u64 = 20_000_000;
 
+/// Blocks at most for which it is remembered that a check was given up.
+const MOST_UNSHARED: usize = 1 << 14;
+/// A check for several accesses is given up when it fails so often …
+const FAILURES: u32 = 16;
+/// … in less than so many rounds of its block for each.
+const ROUNDS: u64 = 4;
+
 /// An exit of a block.
 #[derive(Clone, Copy, Debug)]
 pub struct Link {
@@ -40,6 +47,10 @@ pub struct Link {
     pub mode: Mode,
     /// The block that it is linked to.
     pub to: Option<u32>,
+    /// It is the exit of a check that this instruction makes for others.
+    pub guard: Option<u32>,
+    /// How often that has failed, and when it did first, in ticks.
+    pub failures: (u32, u64),
 }
 
 /// A translated block.
@@ -108,6 +119,8 @@ pub struct Blocks {
     /// Words that hold a linear page now, and whether that mapping is global.
     known: Vec<(u32, bool)>,
     heat: HashMap<u64, Heat, FixedHash>,
+    /// For blocks by their keys, the instructions that make no check for others any more.
+    unshared: HashMap<u64, Vec<u32>, FixedHash>,
     /// Entries of the indirect-branch caches that were filled, by mode; `None` before the mode is first used.
     filled: [Option<Vec<u16>>; MODES],
     /// Grows whenever blocks may have gone.
@@ -131,6 +144,7 @@ impl Blocks {
             pages: HashMap::default(),
             known: Vec::new(),
             heat: HashMap::default(),
+            unshared: HashMap::default(),
             filled: Default::default(),
             epoch: 0,
             overflows: 0,
@@ -218,6 +232,41 @@ impl Blocks {
     /// Whether the interpreter should execute a page for now, because its code keeps changing.
     pub fn is_hot(&self, frame: Hfn, now: u64) -> bool {
         self.heat.get(&frame.0).is_some_and(|h| h.count >= HOT && now.wrapping_sub(h.last) < COOLING)
+    }
+
+    /// The instructions of a block that make no check for others any more.
+    pub fn unshared(&self, key: u64) -> Vec<u32> {
+        self.unshared.get(&key).cloned().unwrap_or_default()
+    }
+
+    /// The check that an exit belongs to has failed. Whether the exit is to be linked now: that waits until it is clear how
+    /// often the check fails. One that fails in most rounds is given up, and its block dropped.
+    pub fn check_failed(&mut self, core: &mut FrameBox, index: u32, exit: u32) -> bool {
+        let now = core.ticks;
+        let Some(block) = self.get_mut(index) else { return false };
+        let (key, count) = (block.key(), u64::from(block.count));
+        let Some(link) = block.links.get_mut(exit as usize) else { return false };
+        let Some(guard) = link.guard else { return true };
+        let (failures, since) = &mut link.failures;
+        if *failures == 0 {
+            *since = now;
+        }
+        *failures += 1;
+        if *failures < FAILURES {
+            return false;
+        }
+        if now.wrapping_sub(*since) > u64::from(FAILURES) * ROUNDS * count {
+            return true;
+        }
+        if self.unshared.len() >= MOST_UNSHARED {
+            self.unshared.clear();
+        }
+        let guards = self.unshared.entry(key).or_default();
+        if !guards.contains(&guard) {
+            guards.push(guard);
+        }
+        self.drop_block(core, index);
+        false
     }
 
     /// Adds a block under [`Self::next_number`].
@@ -339,6 +388,7 @@ impl Blocks {
         self.by_frame.clear();
         self.pages.clear();
         self.heat.clear();
+        self.unshared.clear();
         self.arena.start_over(self.floor);
     }
 

@@ -60,7 +60,7 @@ impl Emission<'_, '_> {
     fn exit(&mut self, operand: super::asm::Label, stub: super::asm::Label, form: ExitForm, target: i64) {
         let link = self.parts.block * super::MOST_EXITS + self.exits.len() as u32;
         let mode = self.arrives_in;
-        self.exits.push(Exit { operand, stub, form, mode });
+        self.exits.push(Exit { operand, stub, form, mode, guard: self.guard });
         let (was_cold, holds) = (self.to.asm.is_cold(), self.to.holds);
         self.to.asm.cold(true);
         self.to.asm.bind(stub);

@@ -3,7 +3,8 @@
 //! The path of one access: the first access of a stretch looks the whole of it up in the inline TLB and keeps the host
 //! address in the frame; the others need a register with that address, which is often still there. A guard that fails, for
 //! a page that is crossed or not in the TLB, gives back the instructions that are left and goes to the *plain* translation
-//! of what follows, in which each access is checked by itself. The block's next round tries the guard again.
+//! of what follows, in which each access is checked by itself. The block's next round tries the guard again; one that fails
+//! most of the time, because what it checks lies across two pages, is given up ([`super::run`]).
 //!
 //! Manual: as [`super::check`].
 
@@ -118,8 +119,9 @@ impl Emission<'_, '_> {
         to.asm.lea(RAX, Mem::at(RAX, undone as i32));
         to.asm.store(field(hot!(budget)), RAX);
         to.flags = FlagState::Saved;
-        self.arrives_in = arrives_in.with_plain(true);
+        (self.arrives_in, self.guard) = (arrives_in.with_plain(true), Some(self.to.index));
         self.go(i64::from(insn.offset));
+        self.guard = None;
         self.to.asm.cold(false);
         (self.to.flags, self.to.holds, self.arrives_in) = (flags, holds, arrives_in);
         Ok(())

@@ -232,10 +232,14 @@ impl Translator {
                         return Ok(before_indirect_branch(core));
                     }
                     if link != NO_LINK {
-                        from = Some((self.blocks.epoch, link / MOST_EXITS, link % MOST_EXITS));
+                        let (block, exit) = (link / MOST_EXITS, link % MOST_EXITS);
                         let link =
-                            self.blocks.get(link / MOST_EXITS).and_then(|b| b.links.get(exit_of(link)));
-                        self.plain_at = link.is_some_and(|link| link.mode.plain()).then_some(target);
+                            self.blocks.get(block).and_then(|b| b.links.get(exit as usize));
+                        let failed = link.is_some_and(|link| link.mode.plain());
+                        self.plain_at = failed.then_some(target);
+                        if !failed || self.check_failed(core, block, exit) {
+                            from = Some((self.blocks.epoch, block, exit));
+                        }
                     } else if let Some(mode) = self.mode(core) {
                         // Perhaps an indirect branch to another target of the same entry.
                         self.check_mappings(core);
@@ -289,6 +293,16 @@ impl Translator {
                 return Ok(Next::Look);
             }
         }
+    }
+
+    /// Notes that the check of a stretch has failed. Whether the exit is to be linked.
+    fn check_failed(&mut self, core: &mut FrameBox, block: u32, exit: u32) -> bool {
+        let before = self.blocks.count();
+        let link = self.blocks.check_failed(core, block, exit);
+        if self.blocks.count() != before {
+            self.jumps.fill(NO_JUMP);
+        }
+        link
     }
 
     /// Enters the block at RIP and settles time and flags when it is left.
@@ -443,6 +457,7 @@ impl Translator {
             count,
             FlagState::Saved,
         );
+        let unshared = self.blocks.unshared(key(hpa, mode));
         let parts = Parts {
             tight: self.tight,
             plain: mode.plain(),
@@ -450,9 +465,10 @@ impl Translator {
             page_word: frame::page_word(page as usize),
             targets: frame::targets(mode.index()),
             block: self.blocks.next_number(),
+            unshared: &unshared,
         };
         let mut emission =
-            Emission { to, parts, ops: Vec::new(), exits: Vec::new(), arrives_in: mode.with_plain(false) };
+            Emission { to, parts, ops: Vec::new(), exits: Vec::new(), arrives_in: mode.with_plain(false), guard: None };
         let entries = emission.block(core, decoded)?;
         let (ops, exits) = (emission.ops, emission.exits);
         let origin = self.blocks.arena.room(self.asm.size())?;
@@ -469,6 +485,8 @@ impl Translator {
                     form: e.form,
                     mode: e.mode,
                     to: None,
+                    guard: e.guard,
+                    failures: (0, 0),
                 })
             })
             .collect::<Option<Vec<_>>>()?;
@@ -512,11 +530,6 @@ fn untranslated(hpa: Hpa, mode: Mode, page: u32) -> Block {
         ops: Vec::new(),
         slots: Vec::new(),
     }
-}
-
-/// The exit of its block that a link says.
-fn exit_of(link: u32) -> usize {
-    (link % MOST_EXITS) as usize
 }
 
 /// What counts a reason to leave translated code.
