@@ -233,8 +233,7 @@ impl Translator {
                     }
                     if link != NO_LINK {
                         let (block, exit) = (link / MOST_EXITS, link % MOST_EXITS);
-                        let link =
-                            self.blocks.get(block).and_then(|b| b.links.get(exit as usize));
+                        let link = self.blocks.get(block).and_then(|b| b.links.get(exit as usize));
                         let failed = link.is_some_and(|link| link.mode.plain());
                         self.plain_at = failed.then_some(target);
                         if !failed || self.check_failed(core, block, exit) {
@@ -467,8 +466,14 @@ impl Translator {
             block: self.blocks.next_number(),
             unshared: &unshared,
         };
-        let mut emission =
-            Emission { to, parts, ops: Vec::new(), exits: Vec::new(), arrives_in: mode.with_plain(false), guard: None };
+        let mut emission = Emission {
+            to,
+            parts,
+            ops: Vec::new(),
+            exits: Vec::new(),
+            arrives_in: mode.with_plain(false),
+            guard: None,
+        };
         let entries = emission.block(core, decoded)?;
         let (ops, exits) = (emission.ops, emission.exits);
         let origin = self.blocks.arena.room(self.asm.size())?;
