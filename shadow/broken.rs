@@ -100,6 +100,16 @@ impl ShadowMmu {
         Leaf { dirty: leaf.dirty || self.is_broken(Seeded::SplinterBeforeDirty), ..leaf }
     }
 
+    /// A guest leaf for whose frame the write right is given back.
+    #[inline(always)]
+    pub(crate) fn seeded_given_back(&self, mut leaf: Leaf) -> Leaf {
+        leaf.dirty |= self.is_broken(Seeded::GivenBackBeforeDirty);
+        if self.is_broken(Seeded::GivenBackUnasked) {
+            leaf.rights |= Rights::WRITE;
+        }
+        leaf
+    }
+
     /// The frame of a large leaf.
     #[inline(always)]
     pub(crate) fn seeded_block(&self, gfn: Gfn, frame: Option<Hfn>) -> Option<Hfn> {

@@ -2,7 +2,8 @@
 //!
 //! A root is a shadow page like any other, found by frame and role, and pinned while a CPU uses it. Nothing leads to a
 //! root, yet it is kept when it is unpinned: the next load of the same CR3 finds it with all that was built below it. It
-//! goes by reclaim, or when its frame is written again and again and so is no table any more.
+//! goes by reclaim, when its frame is written again and again and so is no table any more, or when it shows other signs of
+//! being dead ([`crate::retire`]).
 //!
 //! In PAE mode the top is four registers that were read from memory once, at the load of CR3 (SDM Vol. 3 §4.4.1); the
 //! memory may say something else by now. So there the root is found by the *values* of the four.
@@ -111,7 +112,8 @@ impl ShadowMmu {
     }
 
     fn pin_root(&mut self, gfn: Gfn, role: Role) -> Result<PageId, MmuError> {
-        if self.pages.find(gfn, &role).is_some() {
+        let known = self.pages.find(gfn, &role).is_some();
+        if known {
             self.counters.count(Counter::ShadowRootsReused);
         }
         let id = self.page_for(gfn, role)?;
@@ -119,6 +121,7 @@ impl ShadowMmu {
             self.pages[id].pins += 1;
         }
         self.pages[id].touched = true;
+        self.root_taken(id, !known);
         Ok(id)
     }
 
@@ -133,6 +136,7 @@ impl ShadowMmu {
         self.follow(cpu, state);
         if !self.is_broken(Seeded::OldRootStaysPinned) {
             self.pages[old].pins -= 1;
+            self.root_left(old);
         }
         Ok(())
     }

@@ -12,8 +12,8 @@
 //! 5. `rmap`: from a guest frame to the entries that map it;
 //! 6. `protect`: write protection of guest tables, and what follows when one is written; `tracker`: its account;
 //! 7. `mmio`: device pages;
-//! 8. `cr3`: roots, and the flushes that changes of control registers ask for; `splinter`: those of INVLPG;
-//! 9. `reclaim`: what goes when the pool is full;
+//! 8. `cr3`: roots, and the flushes that changes of control registers ask for; `splinter`: those of INVLPG; `owed`: their account;
+//! 9. `retire`: roots that go before that, because nobody will load them again; `reclaim`: what goes when the pool is full;
 //! 10. `dirty`: changes made by the host, and the dirty log;
 //! 11. `audit`: every invariant, checked;
 //! 12. `options`: the switches; `seeded`, `broken`: rules that test builds can break on purpose.
@@ -29,9 +29,11 @@ mod entries;
 mod fill;
 mod mmio;
 mod options;
+mod owed;
 mod pages;
 mod protect;
 mod reclaim;
+mod retire;
 mod rights;
 mod rmap;
 mod role;
@@ -50,6 +52,7 @@ use mmu::{
     AuditError, Controls, Counters, CpuId, Fault, FaultKind, Intercepts, InvpcidKind, MmuBackend, MmuError,
     PagingMode, PagingState, Resolution, TableRoot, TlbFlush,
 };
+use owed::Owed;
 use pages::{Pages, frame_of};
 use rmap::Rmap;
 use splinter::Splinters;
@@ -67,11 +70,13 @@ pub struct ShadowMmu {
     tracker: Tracker,
     splinters: Box<Splinters>,
     pdpte_sets: PdpteSets,
+    /// How many roots were made, for their age.
+    roots_made: u32,
     cpus: Vec<Cpu>,
     /// The pages that the fill in progress goes through: they must not be reclaimed.
     path: Path,
     /// Flushes owed by what was done so far; handed out by the next answer that can carry one.
-    pending: TlbFlush,
+    pending: Owed,
     /// The page-id list of the table write in progress, kept for its memory.
     scratch: Vec<pages::PageId>,
 }
@@ -89,9 +94,10 @@ impl ShadowMmu {
             tracker: Tracker::new(end),
             splinters: Box::default(),
             pdpte_sets: PdpteSets::default(),
+            roots_made: 0,
             cpus: Vec::new(),
             path: Path::default(),
-            pending: TlbFlush::None,
+            pending: Owed::default(),
             scratch: Vec::new(),
         }
     }
@@ -130,14 +136,18 @@ impl ShadowMmu {
     }
 
     fn owe(&mut self, flush: TlbFlush) {
-        self.pending = self.pending.and(flush);
+        self.pending.add(flush);
     }
 
     /// The flush of an answer: what the event asks for and what is owed.
     fn pay(&mut self, flush: TlbFlush) -> TlbFlush {
-        let owed = std::mem::take(&mut self.pending);
-        let flush = if self.is_broken(Seeded::OwedFlushForgotten) { flush } else { owed.and(flush) };
-        if flush == TlbFlush::All || self.is_broken(Seeded::PiecesForgottenByAnyFlush) {
+        if self.is_broken(Seeded::OwedFlushForgotten) {
+            self.pending = Owed::default();
+        }
+        self.owe(flush);
+        let flush = self.pending.pay();
+        let everything = flush == TlbFlush::All && self.pending.parts().is_empty();
+        if everything || self.is_broken(Seeded::PiecesForgottenByAnyFlush) {
             self.splinters.flushed();
         }
         flush
@@ -267,6 +277,11 @@ impl MmuBackend for ShadowMmu {
         self.map_changed(frames)?;
         let flush = self.pay(self.seeded_change_flush());
         self.checked(flush)
+    }
+
+    fn flush_parts(&self) -> &[TlbFlush] {
+        let parts = self.pending.parts();
+        if self.is_broken(Seeded::LastPartForgotten) { &parts[..parts.len().saturating_sub(1)] } else { parts }
     }
 
     fn counters(&self) -> &Counters {

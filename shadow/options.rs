@@ -13,6 +13,13 @@ pub struct Options {
     pub eager_update: bool,
     /// Stop shadowing a guest table that is written again and again without being used in between.
     pub flood_zap: bool,
+    /// Stop shadowing a root that the guest has emptied, or has not loaded for long.
+    pub dead_roots: bool,
+    /// Give a new root the links of the kernel's half whose tables are shadowed already, so that their first use does not
+    /// fault.
+    pub root_links: bool,
+    /// When a frame is no table any more, let entries permit writes to it again, so that its next use does not fault.
+    pub give_back: bool,
     /// While CR0.WP = 0, give a read-only user page to the supervisor for writing instead of doing each store for it.
     pub wp_flip: bool,
     /// The most shadow pages there may be; `None` for as many as there are table frames. One fault needs up to six, and
@@ -32,6 +39,9 @@ impl Default for Options {
             mmio_markers: true,
             eager_update: true,
             flood_zap: true,
+            dead_roots: true,
+            root_links: true,
+            give_back: true,
             wp_flip: true,
             page_cap: None,
             audit_every_event: false,
@@ -48,6 +58,9 @@ impl Options {
         ("mmio-markers", "device pages are marked in shadow tables"),
         ("eager-update", "a trapped table write fills the new leaf at once"),
         ("flood-zap", "tables written again and again are no longer shadowed"),
+        ("dead-roots", "roots that the guest has emptied or left long ago are no longer shadowed"),
+        ("root-links", "a new root has the links of the kernel's half at once"),
+        ("give-back", "a frame that is no table any more can be written without a fault"),
         (
             "wp-flip",
             "with CR0.WP = 0, read-only user pages change hands instead of each store being done by the engine",
@@ -61,6 +74,9 @@ impl Options {
             "mmio-markers" => &mut self.mmio_markers,
             "eager-update" => &mut self.eager_update,
             "flood-zap" => &mut self.flood_zap,
+            "dead-roots" => &mut self.dead_roots,
+            "root-links" => &mut self.root_links,
+            "give-back" => &mut self.give_back,
             "wp-flip" => &mut self.wp_flip,
             _ => return None,
         })

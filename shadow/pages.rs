@@ -131,6 +131,10 @@ pub(crate) struct Page {
     pub writes: u16,
     /// A fault was filled through the page since reclaim last looked.
     pub touched: bool,
+    /// The guest has taken the last entry of the lower half out; see [`crate::retire`].
+    pub emptied: bool,
+    /// How many roots had been made when it was last loaded as one.
+    pub loaded: u32,
     /// Through which halves of the address space it has been filled; see [`crate::splinter`].
     pub halves: u8,
     /// The next page of the same guest frame.
@@ -173,6 +177,8 @@ pub(crate) struct Pages {
     table: Vec<Option<Page>>,
     by_key: FixedMap<(u64, u64), PageId>,
     live: usize,
+    /// The pages of the kinds that can be roots.
+    tops: Vec<PageId>,
     pub oldest: PageId,
     pub newest: PageId,
 }
@@ -209,6 +215,11 @@ impl Pages {
         numbered.filter_map(|(id, page)| page.as_ref().filter(|p| p.live).map(|p| (id as PageId, p)))
     }
 
+    /// The pages of the kinds that can be roots, in the order in which they were made.
+    pub fn tops(&self) -> &[PageId] {
+        &self.tops
+    }
+
     /// The page of exactly this frame and role.
     #[inline]
     pub fn find(&self, gfn: Gfn, role: &Role) -> Option<PageId> {
@@ -234,6 +245,8 @@ impl Pages {
             pins: 0,
             writes: 0,
             touched: true,
+            emptied: false,
+            loaded: 0,
             halves: 0,
             same_frame: 0,
             older: 0,
@@ -241,6 +254,9 @@ impl Pages {
             slots,
         });
         self.enter_key(id);
+        if Self::is_top(&role) {
+            self.tops.push(id);
+        }
         self.live += 1;
         self.append(id);
         id
@@ -259,6 +275,9 @@ impl Pages {
         debug_assert!(page.live && page.count == 0 && page.parents.is_none() && page.pins == 0);
         page.live = false;
         let key = (page.gfn.0, page.role.word());
+        if Self::is_top(&page.role) {
+            self.tops.retain(|&top| top != id);
+        }
         self.by_key.remove(&key);
         self.live -= 1;
     }

@@ -13,9 +13,9 @@
 
 use crate::Seeded;
 use crate::ShadowMmu;
-use crate::pages::{EntryRef, PageId};
+use crate::pages::{EntryRef, Page, PageId};
 use crate::rights::Filler;
-use crate::role::{Leaf, Role, Target};
+use crate::role::{Kind, Leaf, Role, Target};
 use crate::spte;
 use crate::tracker::Tracked;
 use guestmem::{Backing, FrameMark, Gfn, Gpa, Hfn, Slot};
@@ -86,6 +86,42 @@ impl ShadowMmu {
             {
                 self.memory.host().unmark(frame, FrameMark::TABLE);
             }
+            if self.options.give_back {
+                self.give_back(gfn);
+            }
+        }
+    }
+
+    /// Lets 4 KiB entries permit writes to a frame again that is no table any more, as far as the guest's entries do: the
+    /// guest has freed it and will write it soon. Of many entries only the first few are looked at, since it is one of
+    /// them, the kernel's own, that will be used.
+    fn give_back(&mut self, gfn: Gfn) {
+        const ENTRIES_LOOKED_AT: usize = 4;
+        let Slot::Ram(frame) = self.memory.slot(gfn) else { return };
+        let access = mmu::Access::new(AccessKind::Read, Privilege::Supervisor);
+        let mut at = self.rmap.head(gfn, 1);
+        for _ in 0..ENTRIES_LOOKED_AT {
+            if at.is_none() {
+                break;
+            }
+            let Page { role, gfn: table, .. } = self.pages[at.page()];
+            let target = match role.kind {
+                Kind::Direct => role.direct_target(table, at.index()),
+                _ => role.guest_target(at.index(), self.guest_entry(at)),
+            };
+            // The guest's entry may say something else by now, of which this event has yet to tell.
+            if let Target::Leaf(leaf) = target
+                && leaf.gfn == gfn
+            {
+                let leaf = self.seeded_given_back(leaf);
+                let rights = Filler { role: &role, leaf: &leaf, access: &access }.rights(self, true);
+                let new = spte::leaf(frame, 1, rights, leaf.global, leaf.pkey);
+                if new != self.entry(at) && new == spte::writable(self.entry(at)) {
+                    self.change_leaf(at, new);
+                    self.counters.count(Counter::ShadowWritesGivenBack);
+                }
+            }
+            at = self.pages.slot(at).next;
         }
     }
 
@@ -163,8 +199,12 @@ impl ShadowMmu {
                 continue;
             }
             let role = self.pages[id].role;
+            let used = self.has_lower_half(id);
             for index in self.seeded_indexes(&role, first, last) {
                 self.revalidate(EntryRef::new(id, index), &role);
+            }
+            if used && !self.has_lower_half(id) {
+                self.root_emptied(id);
             }
             if self.is_broken(Seeded::FirstPageOfTableOnly) {
                 break;

@@ -45,6 +45,10 @@ mmu::seeded_faults! {
         HandingOutNotNoted = "handing-out-not-noted",
         /// An entry that is given the write right again is not noted as handed out.
         RightGivenBackNotNoted = "right-given-back-not-noted",
+        /// The write right for what was a table is given back before the guest's entry is dirty.
+        GivenBackBeforeDirty = "given-back-before-dirty",
+        /// The write right for what was a table is given back although the guest's entry does not permit writes.
+        GivenBackUnasked = "given-back-unasked",
         /// Of a large entry that permits writes only the first frame is noted as handed out.
         LargeHandedOutInPart = "large-handed-out-in-part",
     }
@@ -237,6 +241,8 @@ mmu::seeded_faults! {
         ReclaimNotFlushed = "reclaim-not-flushed",
         /// A flush that is owed is never handed out.
         OwedFlushForgotten = "owed-flush-forgotten",
+        /// Of the parts of a flush the last is not told.
+        LastPartForgotten = "last-part-forgotten",
         /// A flush that is owed is lost when the answer cannot carry one.
         FlushLostWithOtherAnswers = "flush-lost-with-other-answers",
         /// Pieces of a page that is no longer splintered are forgotten before the TLB has forgotten them.
@@ -303,6 +309,10 @@ mmu::seeded_faults! {
         ZappedStaysInLine = "zapped-stays-in-line",
         /// A page that goes is still found by frame and role.
         ZappedStaysNamed = "zapped-stays-named",
+        /// A new root has links that the guest's entries do not have the accessed flag for.
+        RootLinkNotAccessed = "root-link-not-accessed",
+        /// A new root has links to tables that were reached through either half of the address space.
+        RootLinkOfEitherHalf = "root-link-of-either-half",
         /// The host frame of a new page is given back at once.
         FrameFreedEarly = "frame-freed-early",
         /// The host frame of a page that goes is not given back.

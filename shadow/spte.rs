@@ -127,6 +127,12 @@ pub(crate) fn is_writable(raw: u64) -> bool {
     raw & W != 0
 }
 
+/// The entry with write permission.
+#[inline]
+pub(crate) fn writable(raw: u64) -> u64 {
+    raw | W
+}
+
 /// The entry without write permission.
 #[inline]
 pub(crate) fn read_only(raw: u64) -> u64 {

@@ -331,8 +331,9 @@ impl Machine {
     /// Hands the backend's flush to the CPU, and its root and intercepts where they have changed.
     pub(crate) fn apply(&mut self, flush: Result<TlbFlush, MmuError>) -> Result<(), Error> {
         let flush = flush.map_err(|source| Error::Mmu { mmu: self.config.mmu.name(), source })?;
-        if flush != TlbFlush::None {
-            self.cpu.flush(flush);
+        // A sum of flushes may be everything where its parts are little.
+        for &part in flush.in_parts(self.mmu.flush_parts()).iter().filter(|&&part| part != TlbFlush::None) {
+            self.cpu.flush(part);
         }
         let wanted = translation(&*self.mmu, self.cpu_id, &self.clock);
         if wanted != self.loop_state.translation {

@@ -119,8 +119,10 @@ impl Machine {
 
     fn flush(&mut self, flush: TlbFlush, cpu: usize) {
         let pcid = self.cpus[cpu].state.pcid();
-        for cpu in &mut self.cpus {
-            cpu.hardware.forget(flush, pcid);
+        for &part in flush.in_parts(self.mmu.flush_parts()) {
+            for cpu in &mut self.cpus {
+                cpu.hardware.forget(part, pcid);
+            }
         }
     }
 

@@ -185,6 +185,11 @@ pub trait MmuBackend {
     ) -> Result<TlbFlush, MmuError>;
     /// The host changed what stands behind these guest frames, or wants write rights taken away (dirty log).
     fn memory_changed(&mut self, frames: std::ops::Range<Gfn>) -> Result<TlbFlush, MmuError>;
+    /// What the flush of the last answer is the sum of, where that sum is more than its parts ([`TlbFlush::and`]); empty
+    /// otherwise. Doing each of the parts is as good as doing the flush, and leaves more in the TLB.
+    fn flush_parts(&self) -> &[TlbFlush] {
+        &[]
+    }
     /// What was counted.
     fn counters(&self) -> &Counters;
     /// Checks every invariant of the structure.

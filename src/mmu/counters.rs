@@ -101,6 +101,9 @@ counters! {
     ShadowUnsynced "shadow_unsynced" "shadow: guest tables let go out of sync";
     ShadowSynced "shadow_synced" "shadow: guest tables synced again";
     ShadowFloodZaps "shadow_flood_zaps" "shadow: pages zapped for a flood of writes";
+    ShadowRootsDead "shadow_roots_dead" "shadow: roots zapped because the guest emptied them or left them long ago";
+    ShadowLinksPrefilled "shadow_links_prefilled" "shadow: links of new roots made before their first use";
+    ShadowWritesGivenBack "shadow_writes_given_back" "shadow: entries writable again because their frame is no table any more";
     ShadowRootsReused "shadow_roots_reused" "shadow: CR3 loads that found their root";
 
     // The nested backend's.

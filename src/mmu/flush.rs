@@ -40,6 +40,11 @@ impl TlbFlush {
             _ => All,
         }
     }
+
+    /// What to do for this flush, if `parts` is what it may be the sum of ([`crate::MmuBackend::flush_parts`]).
+    pub fn in_parts<'a>(&'a self, parts: &'a [TlbFlush]) -> &'a [TlbFlush] {
+        if *self == TlbFlush::All && !parts.is_empty() { parts } else { std::slice::from_ref(self) }
+    }
 }
 
 #[cfg(test)]
@@ -56,5 +61,13 @@ mod tests {
         assert_eq!(Pcid(1).and(PageOf(1, Gva(0))), Pcid(1));
         assert_eq!(Pcid(1).and(PageOf(2, Gva(0))), All);
         assert_eq!(Frame(Hfn(1)).and(Pcid(1)), All);
+    }
+
+    #[test]
+    fn a_sum_is_done_in_parts_only_where_it_has_some() {
+        let parts = [Frame(Hfn(1)), Pcid(1)];
+        assert_eq!(All.in_parts(&parts), parts);
+        assert_eq!(All.in_parts(&[]), [All]);
+        assert_eq!(Pcid(2).in_parts(&parts), [Pcid(2)]);
     }
 }

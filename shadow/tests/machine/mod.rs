@@ -154,6 +154,11 @@ impl Machine {
     }
 
     fn flush(&mut self, flush: TlbFlush, event_cpu: usize) {
+        let parts = flush.in_parts(self.mmu.flush_parts()).to_vec();
+        parts.into_iter().for_each(|part| self.flush_part(part, event_cpu));
+    }
+
+    fn flush_part(&mut self, flush: TlbFlush, event_cpu: usize) {
         let pcid = self.cpus[event_cpu].state.pcid();
         for cpu in &mut self.cpus {
             cpu.tlb.retain(|e| {
