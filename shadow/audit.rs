@@ -9,21 +9,22 @@
 //! | each leaf is in the list of its frame, each link in that of its child, each list holds nothing else | use after free |
 //! | the pages in use are the table frames in use | leaks |
 //!
-//! Its price is a walk of every shadow page; it is for tests and for `Options::audit_every_event`.
+//! Roots, ages and the pool are in `audit_roots`. Its price is a walk of every shadow page; it is for tests and for `Options::audit_every_event`.
 
 use crate::ShadowMmu;
-use crate::pages::{EntryRef, Page, PageId, Pages, entry_of_key, frame_of, page_in};
+use crate::pages::{EntryRef, Page, PageId, Pages, frame_of, page_in};
 use crate::rights::turned_over;
 use crate::role::{Kind as PageKind, Leaf, Target};
-use crate::spte::{self, Kind};
+use crate::spte::{self, Kind, entry_of_key};
+use crate::tracker::Tracked;
 use guestmem::{FrameMark, Gfn, PageSize, Slot};
 use mmu::entry::bits::{A, D};
 use mmu::{AuditError, PagingMode, Rights};
 use std::collections::{BTreeMap, BTreeSet};
 
-type Audited = Result<(), AuditError>;
+pub(crate) type Audited = Result<(), AuditError>;
 
-fn check(holds: bool, rule: &'static str, detail: impl FnOnce() -> String) -> Audited {
+pub(crate) fn check(holds: bool, rule: &'static str, detail: impl FnOnce() -> String) -> Audited {
     if holds { Ok(()) } else { Err(AuditError { rule, detail: detail() }) }
 }
 
@@ -52,8 +53,8 @@ pub(crate) fn audit(mmu: &ShadowMmu) -> Audited {
     audit.pool()
 }
 
-struct Audit<'a> {
-    mmu: &'a ShadowMmu,
+pub(crate) struct Audit<'a> {
+    pub mmu: &'a ShadowMmu,
 }
 
 impl Audit<'_> {
@@ -76,8 +77,14 @@ impl Audit<'_> {
         check(self.mmu.memory.is_table_frame(frame_of(id)), "a page's frame is in use", what)?;
         let bits: u32 = page.present.iter().map(|w| w.count_ones()).sum();
         check(bits == u32::from(page.count), "a page's entries are counted", what)?;
-        let kept = !page.parents.is_none() || page.pins > 0 || Pages::is_top(&page.role);
+        let unsync = self.is_unsync(page);
+        let kept = !page.parents.is_none() || page.pins > 0 || Pages::is_top(&page.role) || unsync;
+        check(!unsync || page.parents.is_none(), "nothing leads to a table out of sync", what)?;
         check(kept, "a page that nothing leads to is zapped", what)
+    }
+
+    fn is_unsync(&self, page: &Page) -> bool {
+        page.role.kind == PageKind::Guest && self.mmu.tracker.is_unsync(page.gfn)
     }
 
     fn entries(&self, id: PageId, page: &Page, found: &mut Found) -> Audited {
@@ -97,6 +104,9 @@ impl Audit<'_> {
 
     fn entry(&self, at: EntryRef, page: &Page, found: &mut Found) -> Audited {
         let raw = self.mmu.entry(at);
+        if self.is_unsync(page) {
+            return self.unreachable_leaf(at, raw, found);
+        }
         let target = match page.role.kind {
             PageKind::Direct => page.role.direct_target(page.gfn, at.index()),
             PageKind::Synthetic => {
@@ -133,6 +143,24 @@ impl Audit<'_> {
                 }
             }
         }
+    }
+
+    /// An entry of a table out of sync: what the guest's says does not count, but the host and the reverse map do.
+    fn unreachable_leaf(&self, at: EntryRef, raw: u64, found: &mut Found) -> Audited {
+        let gfn = self.mmu.pages.slot(at).gfn();
+        found.leaves.entry((gfn.0, 1)).or_default().insert((at.page(), at.index()));
+        let holds = match (spte::kind(raw, 1), self.mmu.memory.slot(gfn)) {
+            (Kind::Marker, Slot::Mmio) => true,
+            (Kind::Leaf, Slot::Ram(frame) | Slot::Rom(frame)) => spte::frame(raw) == frame,
+            _ => false,
+        };
+        check(holds, "a leaf maps what the guest-physical map says", || self.place(at))?;
+        let writes = spte::kind(raw, 1) == Kind::Leaf && spte::is_writable(raw);
+        check(
+            !writes || !self.mmu.tracker.is_tracked(gfn),
+            "no entry permits writes to a tracked frame",
+            || self.place(at),
+        )
     }
 
     fn link(&self, at: EntryRef, raw: u64, page: &Page, target: &Target, found: &mut Found) -> Audited {
@@ -309,7 +337,10 @@ impl Audit<'_> {
                 Slot::Mmio | Slot::Unbacked => None,
             };
             check(frame == tracked.frame, "a tracked frame knows its host frame", what)?;
-            check(mmu.tracker.is_tracked(gfn), "a tracked frame is known to be one", what)?;
+            let known = mmu.tracker.is_tracked(gfn) != tracked.unsync;
+            check(known, "a tracked frame is known to be one, unless it is out of sync", what)?;
+            let listed = mmu.unsynced.iter().filter(|unsynced| unsynced.gfn == gfn).count();
+            check(listed == usize::from(tracked.unsync), "tables out of sync are listed", what)?;
             let marked = frame.is_none_or(|f| mmu.memory.host().marks(f).contains(FrameMark::TABLE));
             check(marked, "the host frame of a table is marked", what)?;
             if gfn.0 < mmu.rmap.end() {
@@ -317,60 +348,10 @@ impl Audit<'_> {
                 want_1g[(gfn.0 >> 18) as usize] += 1;
             }
         }
-        let (noted, all) = (mmu.tracker.noted(), mmu.tracker.all().filter(|(gfn, _)| gfn.0 < mmu.rmap.end()));
+        let in_sync = |(gfn, tracked): &(Gfn, &Tracked)| gfn.0 < mmu.rmap.end() && !tracked.unsync;
+        let (noted, all) = (mmu.tracker.noted(), mmu.tracker.all().filter(in_sync));
         check(noted == all.count(), "no frame counts as tracked that is not", || format!("{noted}"))?;
         check(shadowed.is_empty(), "a frame with shadow pages is tracked", || format!("{shadowed:x?}"))?;
         check(in_2m == want_2m && in_1g == want_1g, "tracked frames are counted by block", String::new)
-    }
-
-    fn roots(&self) -> Audited {
-        let mut pins: BTreeMap<PageId, u16> = BTreeMap::new();
-        for cpu in &self.mmu.cpus {
-            check(self.mmu.pages.is_live(cpu.root), "a CPU's root is in use", || format!("{cpu:?}"))?;
-            let right = self.mmu.is_root_for(cpu.root, &cpu.state);
-            check(right, "a CPU's root is that of its state", || format!("{cpu:?}"))?;
-            let told = self.mmu.table_root(&cpu.state, cpu.root) == cpu.table;
-            check(told, "the hardware is told of a CPU's root and state", || format!("{cpu:?}"))?;
-            *pins.entry(cpu.root).or_default() += 1;
-        }
-        for (id, page) in self.mmu.pages.iter() {
-            let wanted = pins.get(&id).copied().unwrap_or(0);
-            check(page.pins == wanted, "the roots in use are pinned, and nothing else", || {
-                format!("shadow page {id} is pinned {} times, {wanted} CPUs use it", page.pins)
-            })?;
-        }
-        let synthetic =
-            self.mmu.pages.iter().filter(|(_, page)| {
-                page.role.kind == PageKind::Synthetic && page.role.mode == PagingMode::Pae
-            });
-        let (wanted, sets): (Vec<_>, BTreeSet<_>) = synthetic.map(|(id, page)| (id, page.gfn)).unzip();
-        let held = self.mmu.pdpte_sets.held();
-        check(held == (sets.len(), wanted.len() as u32), "sets of PDPTEs are held by their pages", || {
-            format!("{held:?} held, {wanted:?} use {sets:?}")
-        })
-    }
-
-    fn ages(&self) -> Audited {
-        let pages = &self.mmu.pages;
-        let (mut id, mut before, mut count) = (pages.oldest, 0, 0);
-        while id != 0 && count <= pages.live() {
-            let in_line = pages.is_live(id) && pages[id].older == before;
-            check(in_line, "pages are in order of age", || format!("shadow page {id}"))?;
-            (before, id, count) = (id, pages[id].newer, count + 1);
-        }
-        check(count == pages.live() && pages.newest == before, "pages are in order of age", || {
-            format!("{count} in line, {} in use", pages.live())
-        })
-    }
-
-    fn pool(&self) -> Audited {
-        let (in_use, _) = self.mmu.memory.table_usage();
-        let most = self.mmu.most_pages();
-        check(self.mmu.pages.live() <= most, "there are no more pages than may be", || {
-            format!("{} pages, at most {most}", self.mmu.pages.live())
-        })?;
-        check(in_use == self.mmu.pages.live(), "the table frames in use are the shadow pages", || {
-            format!("{in_use} frames, {} pages", self.mmu.pages.live())
-        })
     }
 }

@@ -156,6 +156,7 @@ impl ShadowMmu {
         keep: bool,
     ) -> Result<TlbFlush, MmuError> {
         let old = self.cpus[usize::from(cpu.0)].state;
+        self.end_row();
         self.switch(cpu, state)?;
         if !same_translation_rules(&old, state) {
             return Ok(TlbFlush::All);

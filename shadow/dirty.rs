@@ -82,6 +82,10 @@ impl ShadowMmu {
     /// What stands behind a tracked frame may be another host frame now, with other contents.
     fn table_moved(&mut self, gfn: Gfn) -> Result<(), MmuError> {
         let Some(tracked) = self.tracker.get(gfn) else { return Ok(()) };
+        if tracked.unsync && !self.is_broken(Seeded::MovedTableKept) {
+            self.zap_unsynced(gfn);
+            return Ok(());
+        }
         let log_only = self.memory.dirty().is_active()
             && match self.memory.slot(gfn) {
                 Slot::Ram(frame) => {

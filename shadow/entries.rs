@@ -5,9 +5,9 @@
 
 use crate::Seeded;
 use crate::ShadowMmu;
-use crate::pages::{EntryRef, MAX_PAGES, PageId, Pages, frame_of, link_key, page_in, read, write};
+use crate::pages::{EntryRef, MAX_PAGES, PageId, Pages, frame_of, page_in, read, write};
 use crate::role::{Kind as PageKind, Role};
-use crate::spte::{self, Kind};
+use crate::spte::{self, Kind, link_key};
 use guestmem::{Gfn, MemoryError};
 use mmu::entry::bits::P;
 use mmu::{Counter, MmuError, PagingMode, Rights};
@@ -32,7 +32,11 @@ impl ShadowMmu {
 
     /// The page of exactly this frame and role, made if there is none.
     pub(crate) fn page_for(&mut self, gfn: Gfn, role: Role) -> Result<PageId, MmuError> {
-        if let Some(id) = self.find_page(gfn, &role) {
+        let known = self.find_page(gfn, &role);
+        if role.kind == PageKind::Guest {
+            self.want_synced(gfn, known.is_some());
+        }
+        if let Some(id) = known {
             self.counters.count(Counter::ShadowPagesReused);
             return Ok(id);
         }
@@ -188,6 +192,13 @@ impl ShadowMmu {
             if orphan && !self.is_broken(Seeded::OrphansKept) {
                 self.zap_page(child);
             }
+        }
+    }
+
+    /// Takes every link to a page out; the page stays.
+    pub(crate) fn unlink_page(&mut self, id: PageId) {
+        while !self.pages[id].parents.is_none() {
+            self.clear(self.pages[id].parents);
         }
     }
 

@@ -6,10 +6,10 @@
 
 use crate::Seeded;
 use crate::ShadowMmu;
-use crate::pages::{EntryRef, PageId, frame_of, link_key, page_in};
+use crate::pages::{EntryRef, PageId, frame_of, page_in};
 use crate::rights::Filler;
 use crate::role::{Kind, Leaf, Role, Target};
-use crate::spte;
+use crate::spte::{self, link_key};
 use guestmem::{Backing, Gfn, Gpa, Gva, Hfn, PageSize, Policy, Slot};
 use mmu::walk::{GuestTables, denial, walk_guest};
 use mmu::{
@@ -92,7 +92,10 @@ impl ShadowMmu {
         self.flags_were_set(&walked.walk, access.is_write(), entry_bytes);
         let translation = match walked.result {
             Ok(translation) => translation,
-            Err(fault) => return Ok(Resolution::GuestFault(fault)),
+            Err(fault) => {
+                self.end_row();
+                return Ok(Resolution::GuestFault(fault));
+            }
         };
         let gpa = Gpa(translation.physical(gva.0));
         match self.memory.slot(gpa.frame()) {
@@ -102,12 +105,15 @@ impl ShadowMmu {
             }
             _ => {}
         }
+        let let_go = access.is_write()
+            && self.tracker.is_tracked(gpa.frame())
+            && self.let_go(gpa.frame(), &walked.walk);
         let filled = self.fill(cpu, gva, access, state, &walked.walk, translation.dirty)?;
         // An answer other than `Fixed` carries no flush, so a flush that is owed goes first; the retry finds the rest done.
         let flush = self.pay(TlbFlush::None);
         let lost = !(filled.permitted && filled.changed) && self.is_broken(Seeded::FlushLostWithOtherAnswers);
         let flush = if lost { TlbFlush::None } else { flush };
-        if flush != TlbFlush::None || filled.permitted && filled.changed {
+        if flush != TlbFlush::None || filled.permitted && (filled.changed || let_go) {
             return Ok(Resolution::Fixed(flush));
         }
         if filled.device {

@@ -10,18 +10,20 @@
 //! 3. `spte`: one shadow entry;
 //! 4. `pages`: the cache of shadow pages; `entries`: putting entries in and taking them out;
 //! 5. `rmap`: from a guest frame to the entries that map it;
-//! 6. `protect`: write protection of guest tables, and what follows when one is written; `tracker`: its account;
+//! 6. `protect`: write protection of guest tables, and what follows when one is written; `unsync`: when one is written again
+//!    and again; `tracker`: the account of both;
 //! 7. `mmio`: device pages;
 //! 8. `cr3`: roots, and the flushes that changes of control registers ask for; `splinter`: those of INVLPG; `owed`: their account;
 //! 9. `retire`: roots that go before that, because nobody will load them again; `reclaim`: what goes when the pool is full;
 //! 10. `dirty`: changes made by the host, and the dirty log;
-//! 11. `audit`: every invariant, checked;
+//! 11. `audit`, `audit_roots`: every invariant, checked;
 //! 12. `options`: the switches; `seeded`, `broken`: rules that test builds can break on purpose.
 //!
 //! Assumed of the guest-physical map: no two guest frames share a host frame. Otherwise a table could be written through
 //! the other name of its frame, and write protection would not see it.
 
 mod audit;
+mod audit_roots;
 mod broken;
 mod cr3;
 mod dirty;
@@ -41,6 +43,7 @@ mod seeded;
 mod splinter;
 mod spte;
 mod tracker;
+mod unsync;
 
 pub use options::Options;
 pub use seeded::Seeded;
@@ -58,6 +61,7 @@ use rmap::Rmap;
 use splinter::Splinters;
 use std::sync::Arc;
 use tracker::Tracker;
+use unsync::UnsyncedTables;
 
 /// The shadow backend. What belongs to the VM is here; what belongs to one CPU is in its `cr3::Cpu`.
 #[derive(Debug)]
@@ -70,6 +74,9 @@ pub struct ShadowMmu {
     tracker: Tracker,
     splinters: Box<Splinters>,
     pdpte_sets: PdpteSets,
+    /// The table that the last trapped write was to, if the guest has done nothing else since ([`unsync`]).
+    row: Option<Gfn>,
+    unsynced: UnsyncedTables,
     /// How many roots were made, for their age.
     roots_made: u32,
     cpus: Vec<Cpu>,
@@ -94,6 +101,8 @@ impl ShadowMmu {
             tracker: Tracker::new(end),
             splinters: Box::default(),
             pdpte_sets: PdpteSets::default(),
+            row: None,
+            unsynced: UnsyncedTables::default(),
             roots_made: 0,
             cpus: Vec::new(),
             path: Path::default(),
@@ -225,6 +234,7 @@ impl MmuBackend for ShadowMmu {
 
     fn invlpg(&mut self, cpu: CpuId, gva: Gva, state: &PagingState) -> Result<TlbFlush, MmuError> {
         self.adopt(cpu, state)?;
+        self.end_row();
         let pieces = self.splinters.may_hold_pieces(gva) && !self.is_broken(Seeded::InvlpgLeavesPieces);
         let flush = if pieces { TlbFlush::All } else { TlbFlush::Page(gva) };
         let flush = self.pay(if self.is_broken(Seeded::InvlpgIgnored) { TlbFlush::None } else { flush });
@@ -240,6 +250,7 @@ impl MmuBackend for ShadowMmu {
         state: &PagingState,
     ) -> Result<TlbFlush, MmuError> {
         self.adopt(cpu, state)?;
+        self.end_row();
         let pieces = self.splinters.may_hold_pieces(gva) && !self.is_broken(Seeded::InvpcidLeavesPieces);
         let flush = match kind {
             _ if self.is_broken(Seeded::InvpcidIgnored) => TlbFlush::None,
@@ -281,7 +292,11 @@ impl MmuBackend for ShadowMmu {
 
     fn flush_parts(&self) -> &[TlbFlush] {
         let parts = self.pending.parts();
-        if self.is_broken(Seeded::LastPartForgotten) { &parts[..parts.len().saturating_sub(1)] } else { parts }
+        if self.is_broken(Seeded::LastPartForgotten) {
+            &parts[..parts.len().saturating_sub(1)]
+        } else {
+            parts
+        }
     }
 
     fn counters(&self) -> &Counters {

@@ -13,6 +13,8 @@ pub struct Options {
     pub eager_update: bool,
     /// Stop shadowing a guest table that is written again and again without being used in between.
     pub flood_zap: bool,
+    /// Let a leaf table that is written entry after entry go out of sync until it is used again.
+    pub unsync: bool,
     /// Stop shadowing a root that the guest has emptied, or has not loaded for long.
     pub dead_roots: bool,
     /// Give a new root the links of the kernel's half whose tables are shadowed already, so that their first use does not
@@ -39,6 +41,7 @@ impl Default for Options {
             mmio_markers: true,
             eager_update: true,
             flood_zap: true,
+            unsync: true,
             dead_roots: true,
             root_links: true,
             give_back: true,
@@ -58,6 +61,7 @@ impl Options {
         ("mmio-markers", "device pages are marked in shadow tables"),
         ("eager-update", "a trapped table write fills the new leaf at once"),
         ("flood-zap", "tables written again and again are no longer shadowed"),
+        ("unsync", "a leaf table written entry after entry goes out of sync until its next use"),
         ("dead-roots", "roots that the guest has emptied or left long ago are no longer shadowed"),
         ("root-links", "a new root has the links of the kernel's half at once"),
         ("give-back", "a frame that is no table any more can be written without a fault"),
@@ -74,6 +78,7 @@ impl Options {
             "mmio-markers" => &mut self.mmio_markers,
             "eager-update" => &mut self.eager_update,
             "flood-zap" => &mut self.flood_zap,
+            "unsync" => &mut self.unsync,
             "dead-roots" => &mut self.dead_roots,
             "root-links" => &mut self.root_links,
             "give-back" => &mut self.give_back,

@@ -67,7 +67,7 @@ pub(crate) fn page_in(frame: Hfn) -> PageId {
 /// What is known of one entry.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Slot {
-    /// The guest frame that a leaf or marker was filled for, or what a link was made from ([`link_key`]), below bit 62;
+    /// The guest frame that a leaf or marker was filled for, or what a link was made from ([`crate::spte::link_key`]), below bit 62;
     /// above, the halves of the address space where the entry is counted as a splinter ([`crate::splinter`]), 0 where it is
     /// not.
     word: u64,
@@ -97,20 +97,6 @@ impl Slot {
     pub fn set(&mut self, gfn: Gfn, splinter_halves: u8) {
         self.word = gfn.0 & !(3 << 62) | u64::from(splinter_halves) << 62;
     }
-}
-
-/// All of a guest's entry that a link made from it depends on, in 56 bits, not 0 for a present one: everything but the accessed and dirty
-/// flags and the bits from 3 to 11 that mean nothing there. What else a link depends on, the role of the page that it
-/// stands in, never changes; so while the key is the same, the link is right, and neither the guest's entry need be
-/// decoded nor the roles compared.
-#[inline]
-pub(crate) fn link_key(raw: u64) -> u64 {
-    raw >> 12 << 4 | raw >> 4 & 8 | raw & 7
-}
-
-/// A guest's entry that gives this key, with the accessed flag set.
-pub(crate) fn entry_of_key(key: u64) -> u64 {
-    key >> 4 << 12 | (key & 8) << 4 | key & 7 | mmu::entry::bits::A
 }
 
 /// What is known of one page.
@@ -392,6 +378,7 @@ pub(crate) fn write(host: &HostMemory, at: EntryRef, raw: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spte::{entry_of_key, link_key};
 
     #[test]
     fn a_link_key_tells_all_that_a_link_depends_on() {

@@ -44,7 +44,7 @@ impl ShadowMmu {
         }
         let keeps_flags = !matches!(self.memory.slot(gfn), Slot::Rom(_));
         let noted = frame.filter(|_| !self.is_broken(Seeded::TableFrameNotNoted));
-        self.tracker.begin(gfn, Tracked { first: id, frame: noted, keeps_flags });
+        self.tracker.begin(gfn, Tracked { first: id, frame: noted, keeps_flags, unsync: false });
         if !self.is_broken(Seeded::BlockNotCounted) {
             self.tracker.count(gfn, true);
         }
@@ -77,6 +77,9 @@ impl ShadowMmu {
         tracked.first = next;
         if next == 0 || too_early {
             let frame = tracked.frame;
+            if tracked.unsync {
+                self.unsynced.remove(gfn);
+            }
             self.tracker.end(gfn);
             if !self.is_broken(Seeded::BlockStaysCounted) {
                 self.tracker.count(gfn, false);
@@ -95,7 +98,7 @@ impl ShadowMmu {
     /// Lets 4 KiB entries permit writes to a frame again that is no table any more, as far as the guest's entries do: the
     /// guest has freed it and will write it soon. Of many entries only the first few are looked at, since it is one of
     /// them, the kernel's own, that will be used.
-    fn give_back(&mut self, gfn: Gfn) {
+    pub(crate) fn give_back(&mut self, gfn: Gfn) {
         const ENTRIES_LOOKED_AT: usize = 4;
         let Slot::Ram(frame) = self.memory.slot(gfn) else { return };
         let access = mmu::Access::new(AccessKind::Read, Privilege::Supervisor);
@@ -179,9 +182,11 @@ impl ShadowMmu {
     /// `len` bytes at `gpa` were written.
     pub(crate) fn table_written(&mut self, gpa: Gpa, len: u64) {
         let Some(tracked) = self.tracker.get(gpa.frame()) else { return };
-        if len == 0 || self.is_broken(Seeded::TableWritesIgnored) {
+        // What is out of sync leads nowhere; it is looked at when it is synced.
+        if len == 0 || tracked.unsync || self.is_broken(Seeded::TableWritesIgnored) {
             return;
         }
+        self.row = Some(gpa.frame());
         let first = gpa.page_offset();
         let last = first.saturating_add(len - 1).min(0xfff);
         let (first, last) = self.seeded_bytes(first, last);
@@ -226,7 +231,7 @@ impl ShadowMmu {
     }
 
     /// Makes an entry say what the guest's entry now says, or nothing.
-    fn revalidate(&mut self, at: EntryRef, role: &Role) {
+    pub(crate) fn revalidate(&mut self, at: EntryRef, role: &Role) {
         let old = self.entry(at);
         let raw = self.guest_entry(at);
         // Most writes are to what nothing is made from yet, or change nothing of what a link is made from.

@@ -13,9 +13,9 @@
 
 use crate::Seeded;
 use crate::ShadowMmu;
-use crate::pages::{ENTRIES, EntryRef, PageId, Pages, frame_of, link_key};
+use crate::pages::{ENTRIES, EntryRef, PageId, Pages, frame_of};
 use crate::role::{Kind, Target};
-use crate::spte;
+use crate::spte::{self, link_key};
 use guestmem::{PAGE_SIZE, Slot};
 use mmu::Counter;
 use mmu::entry::bits::A;
@@ -83,7 +83,9 @@ impl ShadowMmu {
     /// noted by faults on the way through it ([`crate::splinter`]), and there will be none here.
     fn prefill_links(&mut self, id: PageId) {
         let role = self.pages[id].role;
-        let (Kind::Guest, Slot::Ram(frame)) = (role.kind, self.memory.slot(self.pages[id].gfn)) else { return };
+        let (Kind::Guest, Slot::Ram(frame)) = (role.kind, self.memory.slot(self.pages[id].gfn)) else {
+            return;
+        };
         let mut table = [0; PAGE_SIZE as usize];
         if !self.memory.host().read(frame.base(), &mut table) {
             return;

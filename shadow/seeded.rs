@@ -67,6 +67,12 @@ mmu::seeded_faults! {
         SecondHalfForgotten = "second-half-forgotten",
         /// The quadrant of a 32-bit table is taken for 0.
         QuadrantForgotten = "quadrant-forgotten",
+        /// The shadow pages of a table that goes out of sync stay in use.
+        UnsyncedStaysLinked = "unsynced-stays-linked",
+        /// A table is synced without its entries being looked at.
+        SyncForgotten = "sync-forgotten",
+        /// A table is synced and stays writable.
+        SyncedNotProtected = "synced-not-protected",
         /// Links do not follow the guest's entry.
         LinksNotRevalidated = "links-not-revalidated",
         /// 4 KiB leaves do not follow the guest's entry.
@@ -241,6 +247,8 @@ mmu::seeded_faults! {
         ReclaimNotFlushed = "reclaim-not-flushed",
         /// A flush that is owed is never handed out.
         OwedFlushForgotten = "owed-flush-forgotten",
+        /// The TLB may go on writing a table that is synced again.
+        SyncNotFlushed = "sync-not-flushed",
         /// Of the parts of a flush the last is not told.
         LastPartForgotten = "last-part-forgotten",
         /// A flush that is owed is lost when the answer cannot carry one.

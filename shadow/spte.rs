@@ -139,6 +139,20 @@ pub(crate) fn read_only(raw: u64) -> u64 {
     raw & !W
 }
 
+/// All of a guest's entry that a link made from it depends on, in 56 bits, not 0 for a present one: everything but the accessed and dirty
+/// flags and the bits from 3 to 11 that mean nothing there. What else a link depends on, the role of the page that it
+/// stands in, never changes; so while the key is the same, the link is right, and neither the guest's entry need be
+/// decoded nor the roles compared.
+#[inline]
+pub(crate) fn link_key(raw: u64) -> u64 {
+    raw >> 12 << 4 | raw >> 4 & 8 | raw & 7
+}
+
+/// A guest's entry that gives this key, with the accessed flag set.
+pub(crate) fn entry_of_key(key: u64) -> u64 {
+    key >> 4 << 12 | (key & 8) << 4 | key & 7 | mmu::entry::bits::A
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

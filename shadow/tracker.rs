@@ -18,13 +18,15 @@ pub(crate) struct Tracked {
     pub frame: Option<Hfn>,
     /// Flags stored in the table stay there: it is no read-only memory.
     pub keeps_flags: bool,
+    /// It is out of sync ([`crate::unsync`]): no shadow page of it is in use, and it may be written.
+    pub unsync: bool,
 }
 
 /// Which frames are tracked, and which were handed out for writing.
 #[derive(Debug)]
 pub(crate) struct Tracker {
     pub frames: FixedMap<u64, Tracked>,
-    /// The same frames as far as they are memory, a bit each: asked at every fill.
+    /// The same frames as far as they are memory and in sync, a bit each: asked at every fill.
     tracked: Vec<u64>,
     in_2m: Vec<u16>,
     in_1g: Vec<u32>,
@@ -53,12 +55,25 @@ impl Tracker {
         self.frames.get(&gfn.0).copied()
     }
 
+    /// Whether entries must not permit writes to the frame.
     #[inline]
     pub fn is_tracked(&self, gfn: Gfn) -> bool {
         if gfn.0 < self.end {
             return self.tracked[(gfn.0 / 64) as usize] >> (gfn.0 % 64) & 1 != 0;
         }
         self.frames.contains_key(&gfn.0)
+    }
+
+    pub fn is_unsync(&self, gfn: Gfn) -> bool {
+        self.frames.get(&gfn.0).is_some_and(|tracked| tracked.unsync)
+    }
+
+    /// A tracked frame of memory goes out of sync or is synced.
+    pub fn set_unsync(&mut self, gfn: Gfn, unsync: bool) {
+        let Some(tracked) = self.frames.get_mut(&gfn.0) else { return };
+        tracked.unsync = unsync;
+        let word = &mut self.tracked[(gfn.0 / 64) as usize];
+        *word = *word & !(1 << (gfn.0 % 64)) | u64::from(!unsync) << (gfn.0 % 64);
     }
 
     /// Tracking of a frame begins.

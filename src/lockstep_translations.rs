@@ -13,14 +13,14 @@
 //!   registers differ, and the explanation shows the entry.
 //! - They give it, and so do the other side's tables: the same.
 //! - They give it, and the other side's tables have nothing: *not yet* translated there; the next access will see to it.
-//! - They give it, and the other side's tables give something else: a difference. The exception is a shadow backend that
-//!   lets guest tables go out of sync: then its tables may be as stale as a TLB, and count as that.
+//! - They give it, and the other side's tables give something else: a difference. No table of an engine's may be older than the
+//!   guest's: what the shadow backend lets go out of sync, nothing leads to.
 
 use crate::lockstep_side::Side;
 use crate::lockstep_state::Row;
 use guestmem::{Gpa, GuestMemory, Gva, Hpa};
 use mmu::walk::{HostTables, TableMemory, Verdict, WalkEnd, walk, walk_access, walk_guest};
-use mmu::{Access, AccessKind, Counter, Privilege, Rights, TableRoot};
+use mmu::{Access, AccessKind, Privilege, Rights, TableRoot};
 use serde::{Deserialize, Serialize};
 use std::convert::Infallible;
 
@@ -129,8 +129,6 @@ pub(crate) fn compare(left: &Side, right: &Side) -> (TranslationCounts, Vec<(Gva
     let mut counts = TranslationCounts::default();
     let mut rows = Vec::new();
     for (held, other, on_left) in [(left, right, true), (right, left, false)] {
-        // Until something is out of sync, no table of the engine's may be older than the guest's.
-        let lags = other.machine.mmu.counters().get(Counter::ShadowUnsynced) > 0;
         for entry in held.machine.cpu.cached_translations().into_iter().filter(|entry| entry.current) {
             let (gva, access) = (entry.gva, &entry.access);
             let here = held.gpa_of(entry.hpa).map_or(Given::Elsewhere(entry.hpa), Given::To);
@@ -147,7 +145,6 @@ pub(crate) fn compare(left: &Side, right: &Side) -> (TranslationCounts, Vec<(Gva
             match there {
                 _ if here == there => counts.compared += 1,
                 Given::Nothing if here != Given::Elsewhere(entry.hpa) => counts.not_yet += 1,
-                Given::To(_) if lags => counts.stale += 1,
                 _ => {
                     let what = format!("{gva} for a {}", words(access));
                     let (mine, theirs) = (format!("TLB: {}", here.words()), there.words());
