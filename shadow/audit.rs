@@ -341,8 +341,9 @@ impl Audit<'_> {
             check(known, "a tracked frame is known to be one, unless it is out of sync", what)?;
             let listed = mmu.unsynced.iter().filter(|unsynced| unsynced.gfn == gfn).count();
             check(listed == usize::from(tracked.unsync), "tables out of sync are listed", what)?;
-            let marked = frame.is_none_or(|f| mmu.memory.host().marks(f).contains(FrameMark::TABLE));
-            check(marked, "the host frame of a table is marked", what)?;
+            let marked = |f| mmu.memory.host().marks(f).contains(FrameMark::TABLE);
+            let right = frame.is_none_or(|f| marked(f) != tracked.unsync);
+            check(right, "the host frame of a table in sync is marked", what)?;
             if gfn.0 < mmu.rmap.end() {
                 want_2m[(gfn.0 >> 9) as usize] += 1;
                 want_1g[(gfn.0 >> 18) as usize] += 1;

@@ -71,6 +71,8 @@ mmu::seeded_faults! {
         UnsyncedStaysLinked = "unsynced-stays-linked",
         /// A table is synced without its entries being looked at.
         SyncForgotten = "sync-forgotten",
+        /// Writes of devices to a table that is synced again go unseen.
+        SyncedNotMarked = "synced-not-marked",
         /// A table is synced and stays writable.
         SyncedNotProtected = "synced-not-protected",
         /// Links do not follow the guest's entry.

@@ -19,7 +19,7 @@ use crate::Seeded;
 use crate::ShadowMmu;
 use crate::pages::{ENTRIES, EntryRef, PageId};
 use crate::role::Kind;
-use guestmem::{Gfn, Gpa, PAGE_SIZE, Slot};
+use guestmem::{FrameMark, Gfn, Gpa, PAGE_SIZE, Slot};
 use mmu::{Counter, TlbFlush, Walk};
 use std::collections::VecDeque;
 
@@ -88,6 +88,8 @@ impl ShadowMmu {
         self.give_back(gfn);
         let mut before = Box::new([0; PAGE_SIZE as usize]);
         self.memory.host().read(frame.base(), &mut *before);
+        // What devices write there does not matter either.
+        self.memory.host().unmark(frame, FrameMark::TABLE);
         self.unsynced.0.push_back(Unsynced { gfn, before });
         self.counters.count(Counter::ShadowUnsynced);
         if self.unsynced.0.len() > MOST {
@@ -115,6 +117,11 @@ impl ShadowMmu {
         self.counters.count(Counter::ShadowSynced);
         let Some(Unsynced { before, .. }) = self.unsynced.remove(gfn) else { return };
         self.tracker.set_unsync(gfn, false);
+        if let Slot::Ram(frame) = self.memory.slot(gfn)
+            && !self.is_broken(Seeded::SyncedNotMarked)
+        {
+            self.memory.host().mark(frame, FrameMark::TABLE);
+        }
         if !self.is_broken(Seeded::SyncedNotProtected) {
             self.protect(gfn);
         }
