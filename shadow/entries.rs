@@ -34,7 +34,7 @@ impl ShadowMmu {
     pub(crate) fn page_for(&mut self, gfn: Gfn, role: Role) -> Result<PageId, MmuError> {
         let known = self.find_page(gfn, &role);
         if role.kind == PageKind::Guest {
-            self.want_synced(gfn, known.is_some());
+            self.want_synced(gfn, known);
         }
         if let Some(id) = known {
             self.counters.count(Counter::ShadowPagesReused);

@@ -93,7 +93,7 @@ impl ShadowMmu {
         let translation = match walked.result {
             Ok(translation) => translation,
             Err(fault) => {
-                self.end_row();
+                self.expect_writes(&walked.walk, &fault);
                 return Ok(Resolution::GuestFault(fault));
             }
         };

@@ -74,8 +74,8 @@ pub struct ShadowMmu {
     tracker: Tracker,
     splinters: Box<Splinters>,
     pdpte_sets: PdpteSets,
-    /// The table that the last trapped write was to, if the guest has done nothing else since ([`unsync`]).
-    row: Option<Gfn>,
+    /// The table that the last trapped writes were to, and how many, if the guest has done nothing else since ([`unsync`]).
+    row: (Gfn, u8),
     unsynced: UnsyncedTables,
     /// How many roots were made, for their age.
     roots_made: u32,
@@ -101,7 +101,7 @@ impl ShadowMmu {
             tracker: Tracker::new(end),
             splinters: Box::default(),
             pdpte_sets: PdpteSets::default(),
-            row: None,
+            row: (Gfn(0), 0),
             unsynced: UnsyncedTables::default(),
             roots_made: 0,
             cpus: Vec::new(),

@@ -18,6 +18,7 @@ use crate::rights::Filler;
 use crate::role::{Kind, Leaf, Role, Target};
 use crate::spte;
 use crate::tracker::Tracked;
+use crate::unsync::Gain;
 use guestmem::{Backing, FrameMark, Gfn, Gpa, Hfn, Slot};
 use mmu::entry::bits::{A, D, P};
 use mmu::{AccessKind, Counter, MmuError, Privilege, TlbFlush, Walk, WalkEnd};
@@ -44,7 +45,10 @@ impl ShadowMmu {
         }
         let keeps_flags = !matches!(self.memory.slot(gfn), Slot::Rom(_));
         let noted = frame.filter(|_| !self.is_broken(Seeded::TableFrameNotNoted));
-        self.tracker.begin(gfn, Tracked { first: id, frame: noted, keeps_flags, unsync: false });
+        self.tracker.begin(
+            gfn,
+            Tracked { first: id, frame: noted, keeps_flags, unsync: false, gain: Gain::default() },
+        );
         if !self.is_broken(Seeded::BlockNotCounted) {
             self.tracker.count(gfn, true);
         }
@@ -186,7 +190,7 @@ impl ShadowMmu {
         if len == 0 || tracked.unsync || self.is_broken(Seeded::TableWritesIgnored) {
             return;
         }
-        self.row = Some(gpa.frame());
+        self.go_on_with_row(gpa.frame());
         let first = gpa.page_offset();
         let last = first.saturating_add(len - 1).min(0xfff);
         let (first, last) = self.seeded_bytes(first, last);

@@ -7,6 +7,7 @@
 //! the frame. (Entries that are gone by now count too: the guest need not have flushed them.)
 
 use crate::pages::{FixedMap, PageId};
+use crate::unsync::Gain;
 use guestmem::{Gfn, Hfn};
 
 /// A tracked frame.
@@ -20,6 +21,8 @@ pub(crate) struct Tracked {
     pub keeps_flags: bool,
     /// It is out of sync ([`crate::unsync`]): no shadow page of it is in use, and it may be written.
     pub unsync: bool,
+    /// Whether that has been worth while.
+    pub gain: Gain,
 }
 
 /// Which frames are tracked, and which were handed out for writing.
@@ -74,6 +77,13 @@ impl Tracker {
         tracked.unsync = unsync;
         let word = &mut self.tracked[(gfn.0 / 64) as usize];
         *word = *word & !(1 << (gfn.0 % 64)) | u64::from(!unsync) << (gfn.0 % 64);
+    }
+
+    /// Changes the account of a table.
+    pub fn set_gain(&mut self, gfn: Gfn, change: impl FnOnce(Gain) -> Gain) {
+        if let Some(tracked) = self.frames.get_mut(&gfn.0) {
+            tracked.gain = change(tracked.gain);
+        }
     }
 
     /// Tracking of a frame begins.

@@ -118,7 +118,7 @@ fn at_most_so_many_tables_are_out_of_sync() {
         m.entry(0x12000, 2 + n, table(n) | RW | A);
         m.entry(table(n), 0, DATA | RW | A);
         m.access(Gva((2 + n) << 21), read(User));
-        for i in 1..6 {
+        for i in 1..8 {
             m.entry(table(n), i, (DATA + i * 0x1000) | RW | A);
         }
     }
