@@ -1,6 +1,6 @@
 //! Bugs that other shadow pagers have had, by the number they have in the public record: each one's scenario, and the
-//! property that failed there. (What needs parallel faults, generations or out-of-sync tables does not exist here: every
-//! event has the backend for itself, and every shadowed table is write protected.)
+//! property that failed there. (What needs parallel faults, generations or stale entries in use does not exist here: every
+//! event has the backend for itself, and nothing leads to a table that is out of sync.)
 
 mod machine;
 

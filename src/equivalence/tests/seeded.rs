@@ -139,7 +139,10 @@ fn table(all: &[Caught]) -> String {
         }
     }
     let sources = [
-        ("shadow", include_str!("../../../shadow/audit.rs")),
+        (
+            "shadow",
+            concat!(include_str!("../../../shadow/audit.rs"), include_str!("../../../shadow/audit_roots.rs")),
+        ),
         ("ept", include_str!("../../../ept/audit.rs")),
     ];
     for (backend, source) in sources {
