@@ -98,7 +98,7 @@ impl ShadowMmu {
             }
             let Target::Table { gfn, role, rights } = role.guest_target(index, raw) else { continue };
             let Some(child) = self.pages.find(gfn, &role) else { continue };
-            if self.pages[child].halves == UPPER || self.is_broken(Seeded::RootLinkOfEitherHalf) {
+            if self.pages[child].halves == UPPER {
                 let at = EntryRef::new(id, index);
                 self.set_link(at, spte::link(frame_of(child), rights), child, link_key(raw));
                 self.counters.count(Counter::ShadowLinksPrefilled);

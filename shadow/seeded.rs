@@ -321,8 +321,6 @@ mmu::seeded_faults! {
         ZappedStaysNamed = "zapped-stays-named",
         /// A new root has links that the guest's entries do not have the accessed flag for.
         RootLinkNotAccessed = "root-link-not-accessed",
-        /// A new root has links to tables that were reached through either half of the address space.
-        RootLinkOfEitherHalf = "root-link-of-either-half",
         /// The host frame of a new page is given back at once.
         FrameFreedEarly = "frame-freed-early",
         /// The host frame of a page that goes is not given back.

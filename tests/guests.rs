@@ -177,7 +177,17 @@ fn both_engines_give_every_guest_the_same_course_and_leave_it_alike() {
     for guest in guests::list() {
         for mmu in MmuKind::ALL {
             let [interpreted, translated] =
-                EngineKind::ALL.map(|engine| run(Square { mmu, engine }.config(guest)).exits());
+                EngineKind::ALL.map(|engine| run(Square { mmu, engine }.config(guest)));
+            assert_eq!(interpreted.course(), translated.course(), "{} under {}", guest.name, mmu.name());
+            // A table that is out of sync is synced at the first access that the TLB has nothing for, and what their TLBs
+            // hold is the one thing that the engines do not share. Without that every exit is the same.
+            let [interpreted, translated] = EngineKind::ALL.map(|engine| {
+                let mut config = Square { mmu, engine }.config(guest);
+                if mmu == MmuKind::Shadow {
+                    config.mmu_options.set(mmu, "unsync", false).unwrap();
+                }
+                run(config).exits()
+            });
             assert_eq!(interpreted, translated, "{} under {}", guest.name, mmu.name());
         }
     }

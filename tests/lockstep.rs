@@ -241,7 +241,7 @@ fn a_stale_entry_that_the_guest_never_flushed_is_called_legitimate() {
         10_000,
     );
     let difference = report.difference.as_ref().unwrap_or_else(|| panic!("{}", report.text()));
-    assert!(difference.sentence().contains("is delivered on the left only"), "{}", report.text());
+    assert!(difference.sentence().contains("A (accessed) is set on the left only"), "{}", report.text());
     assert!(difference.remarks.iter().any(|r| r.contains("legitimate until")), "{}", report.text());
 }
 

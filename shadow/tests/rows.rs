@@ -179,6 +179,19 @@ fn a_new_root_has_the_kernels_links() {
     }
 }
 
+/// Through which half a table is reached is noted by the faults on the way, so one that was reached through the other half
+/// is not linked without one.
+#[test]
+fn a_table_of_both_halves_is_no_link_of_the_kernels() {
+    let mut m = guest(Options::default());
+    row(&mut m, 0, 0, 1);
+    m.access(Gva(0), read(User));
+    m.entry(ROOTS[1], 256, 0x11000 | RW | A);
+    assert!(m.load_cr3(ROOTS[1], false));
+    assert_eq!(m.count(Counter::ShadowLinksPrefilled), 0);
+    assert_eq!(m.access(Gva(KERNEL), read(User)), Outcome::Memory(Gpa(DATA)));
+}
+
 /// Several frames become tables in one fault: the TLB forgets those frames, and keeps the rest.
 #[test]
 fn what_one_answer_must_forget_is_told_by_parts() {
