@@ -163,8 +163,9 @@ impl CodeCache {
             return Ok(jump.block);
         }
         let index = self.find_slow(core, ip)?;
-        if core.flat_code && self.block(index).is_some_and(|b| b.crossing.is_none()) {
-            // There is no CS base or limit to look at, so RIP names the code, in the mode that the code key holds.
+        if core.flat_code {
+            // There is no CS base or limit to look at, so RIP names the code, in the mode that the code key holds; and both
+            // pages of an instruction that crosses into another one, whose mappings the context's generation holds.
             self.jumps[slot] = Jump { ip, context, block: index };
         }
         Ok(index)

@@ -287,7 +287,17 @@ impl Core {
     /// Pushes a frame in 64-bit mode; a non-canonical stack is a stack fault. Every word is checked before the first is
     /// written: what delivery reads (IDT, GDT, TSS) may lie where the frame goes, and must be the same when delivery
     /// is done anew after an exit.
-    fn push_frame(&mut self, rsp: &mut u64, frame: &[Option<u64>], event: &Event) -> Result<(), Stop> {
+    fn push_frame(&mut self, rsp: &mut u64, frame: &[Option<u64>; 6], event: &Event) -> Result<(), Stop> {
+        let mut words = [0; 6];
+        let count = frame.iter().flatten().count();
+        for (word, &value) in words[..count].iter_mut().rev().zip(frame.iter().flatten()) {
+            *word = value;
+        }
+        let low = rsp.wrapping_sub(8 * count as u64);
+        if self.store_words(low, &words[..count]) {
+            *rsp = low;
+            return Ok(());
+        }
         let bits = self.paging.linear_bits();
         let mut stores = Stores::default();
         for &word in frame.iter().flatten() {

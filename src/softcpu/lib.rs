@@ -33,6 +33,7 @@ pub mod snapshot;
 pub mod stores;
 pub mod task;
 pub mod tlb;
+pub mod tlb_array;
 pub mod tlb_inline;
 pub mod translate;
 pub mod vector;

@@ -186,6 +186,15 @@ impl Core {
 
     /// Reads a little-endian integer of `len` bytes from a system structure (GDT, LDT, IDT, TSS).
     pub fn load_system(&mut self, lin: u64, len: usize) -> Result<u64, Stop> {
+        if lin & 0xfff <= PAGE_SIZE - len as u64
+            && let Some(addend) = self.tlb.read.lookup(lin, self.tlb.system_key())
+            && self.overrides.is_empty()
+        {
+            let mut bytes = [0; 8];
+            let from = Hpa(lin.wrapping_add(addend).wrapping_sub(self.host_base));
+            self.memory.host().read(from, &mut bytes[..len]);
+            return Ok(u64::from_le_bytes(bytes));
+        }
         let mut bytes = [0; 8];
         self.load_as(lin, &mut bytes[..len], Who::System, seg::DS as u8)?;
         Ok(u64::from_le_bytes(bytes))
@@ -237,6 +246,24 @@ impl Core {
             done += part as usize;
         }
         Ok(())
+    }
+
+    /// Writes words of 8 bytes from `lin` upwards if that needs no look at anything: the page may be written, all of them
+    /// lie in it. Whether that was so.
+    #[inline]
+    pub fn store_words(&mut self, lin: u64, words: &[u64]) -> bool {
+        let len = 8 * words.len() as u64;
+        let Some(last) = PAGE_SIZE.checked_sub(len) else { return false };
+        if lin & 0xfff > last || !self.overrides.is_empty() {
+            return false;
+        }
+        let Some(addend) = self.tlb.write.lookup(lin, self.tlb.key) else { return false };
+        let to = lin.wrapping_add(addend) as *mut u8;
+        for (i, &word) in words.iter().enumerate() {
+            // SAFETY: as in `store`: the words end before the page does.
+            unsafe { u64::write(to.add(8 * i), word) };
+        }
+        true
     }
 
     /// Where a store's bytes go, on either side of a page boundary, after everything that could stop it but a device.
@@ -432,7 +459,7 @@ impl Core {
         };
         let key = match who {
             Who::Current => (self.tlb.key & !3) | mode,
-            Who::System => (self.tlb.key & !3) | TlbMode::Supervisor as u64,
+            Who::System => self.tlb.system_key(),
         };
         let array = match side {
             TlbSide::Read => &mut self.tlb.read,
@@ -520,9 +547,18 @@ impl Core {
         }
         let decoded =
             side == TlbSide::Write && self.memory.host().marks(hpa.frame()).contains(FrameMark::CODE);
-        if who == Who::Current && !decoded {
+        if !decoded {
             let addend = self.host_base.wrapping_add(hpa.0).wrapping_sub(lin);
-            self.tlb.fill(side, lin, addend, global, size);
+            match who {
+                Who::Current => {
+                    self.tlb.fill(side, lin, addend, global, size);
+                    // What may be written may be read, and mostly is.
+                    if side == TlbSide::Write && self.tlb.read.lookup(lin, self.tlb.key) != Some(addend) {
+                        self.tlb.fill(TlbSide::Read, lin, addend, global, size);
+                    }
+                }
+                Who::System => self.tlb.fill_system(side, lin, addend, global, size),
+            }
         }
         Ok(Target::Memory(hpa))
     }

@@ -2,12 +2,19 @@
 //!
 //! A tag is a page address with 12 bits of context in place of the offset: which PCID generation, and by which kind of
 //! access it was filled (user, supervisor, supervisor with EFLAGS.AC), so that one compare checks page, process and
-//! rights. Flushing a PCID gives it a new generation number and costs nothing; when the numbers are used up everything
-//! is emptied once. Global entries hit under any PCID: a miss looks at the slot once more and re-tags a global entry.
+//! rights. Flushing a PCID, or everything, gives out new generation numbers and costs nothing; when the numbers are used
+//! up everything is emptied once. Global entries hit under any PCID: a miss looks at the slot once more and re-tags a global
+//! entry.
 
+use crate::tlb_array::{MODE_BITS, MODE_MASK, TlbArray};
 use crate::tlb_inline::InlineTlb;
 use guestmem::{Gva, Hfn, PageSize};
 use mmu::TlbFlush;
+
+/// How many flushed pages are remembered one by one.
+const FLUSHED_PAGES: usize = 32;
+/// Context numbers fill the tag bits above the mode; 0 is never used.
+const CONTEXTS: u16 = 1 << (12 - MODE_BITS);
 
 /// Who makes an access, as far as the TLB tells apart. Part of the tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,102 +28,6 @@ pub enum TlbMode {
     SupervisorAc = 2,
     /// No entry is ever filled: alignment checks or watchpoints must see each access.
     Uncached = 3,
-}
-
-/// One entry. An empty one has tag 0, which no key equals: context numbers begin at 1.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct TlbEntry {
-    /// Page address | context.
-    pub tag: u64,
-    /// What added to a linear address gives the host address.
-    pub addend: u64,
-}
-
-const ENTRIES: usize = 1024;
-/// How many flushed pages are remembered one by one.
-const FLUSHED_PAGES: usize = 32;
-const MODE_BITS: u32 = 2;
-const MODE_MASK: u64 = (1 << MODE_BITS) - 1;
-/// Context numbers fill the tag bits above the mode; 0 is never used.
-const CONTEXTS: u16 = 1 << (12 - MODE_BITS);
-
-/// One of the three arrays.
-#[derive(Debug)]
-pub struct TlbArray {
-    entries: Box<[TlbEntry; ENTRIES]>,
-    global: Box<[bool; ENTRIES]>,
-}
-
-impl TlbArray {
-    fn new() -> Self {
-        Self { entries: Box::new([TlbEntry::default(); ENTRIES]), global: Box::new([false; ENTRIES]) }
-    }
-
-    /// Different modes use different slots of one page, so that kernel copies do not evict the user's entry.
-    #[inline(always)]
-    fn slot(lin: u64, key: u64) -> usize {
-        ((lin >> 12) ^ ((key & MODE_MASK) * 0x155)) as usize % ENTRIES
-    }
-
-    /// The addend for `lin` under context `key`, on a hit.
-    #[inline(always)]
-    pub fn lookup(&self, lin: u64, key: u64) -> Option<u64> {
-        let e = &self.entries[Self::slot(lin, key)];
-        if e.tag == (lin & !0xfff) | key { Some(e.addend) } else { None }
-    }
-
-    /// As [`Self::lookup`] after a miss: finds a global entry filled under another PCID and re-tags it.
-    pub fn lookup_global(&mut self, lin: u64, key: u64) -> Option<u64> {
-        let slot = Self::slot(lin, key);
-        let e = &mut self.entries[slot];
-        let same_page_and_mode = e.tag & !(0xfff & !MODE_MASK) == (lin & !0xfff) | (key & MODE_MASK);
-        if e.tag != 0 && self.global[slot] && same_page_and_mode {
-            e.tag = (lin & !0xfff) | key;
-            return Some(e.addend);
-        }
-        None
-    }
-
-    /// Fills, and gives the entry that had to go.
-    fn fill(&mut self, lin: u64, key: u64, addend: u64, global: bool) -> TlbEntry {
-        let slot = Self::slot(lin, key);
-        self.global[slot] = global;
-        std::mem::replace(&mut self.entries[slot], TlbEntry { tag: (lin & !0xfff) | key, addend })
-    }
-
-    /// Whether the entry that `lin` hits is global.
-    pub fn is_global(&self, lin: u64, key: u64) -> bool {
-        self.lookup(lin, key).is_some() && self.global[Self::slot(lin, key)]
-    }
-
-    /// What it holds: the entries, and whether each is global.
-    pub fn held(&self) -> impl Iterator<Item = (TlbEntry, bool)> + '_ {
-        self.entries.iter().copied().zip(self.global.iter().copied()).filter(|(e, _)| e.tag != 0)
-    }
-
-    fn clear(&mut self) {
-        self.entries.fill(TlbEntry::default());
-    }
-
-    fn remove_page(&mut self, lin: u64, wanted: impl Fn(u64, bool) -> bool) {
-        for mode in 0..=MODE_MASK {
-            let slot = Self::slot(lin, mode);
-            let e = &mut self.entries[slot];
-            if e.tag & !0xfff == lin & !0xfff && wanted(e.tag, self.global[slot]) {
-                *e = TlbEntry::default();
-            }
-        }
-    }
-
-    /// Removes what leads to a frame, and tells `gone` each tag.
-    fn remove_frame(&mut self, host_page: u64, mut gone: impl FnMut(u64)) {
-        for e in self.entries.iter_mut() {
-            if e.tag != 0 && (e.tag & !0xfff).wrapping_add(e.addend) == host_page {
-                gone(e.tag);
-                *e = TlbEntry::default();
-            }
-        }
-    }
 }
 
 /// Remembers, without ever forgetting wrongly, whether a large page that holds an address was filled: one bit a hashed
@@ -166,6 +77,8 @@ pub struct Tlb {
     pub fetch: TlbArray,
     /// Context number of each PCID; 0: none yet.
     contexts: Box<[u16; 4096]>,
+    /// The PCIDs that have one.
+    named: Vec<u16>,
     next_context: u16,
     pcid: u16,
     /// The current context and mode, as they stand in tags. Fetches never see EFLAGS.AC.
@@ -197,6 +110,7 @@ impl Default for Tlb {
             write: TlbArray::new(),
             fetch: TlbArray::new(),
             contexts: Box::new([0; 4096]),
+            named: Vec::new(),
             next_context: 1,
             pcid: 0,
             key: 0,
@@ -217,36 +131,68 @@ impl Default for Tlb {
 
 impl Tlb {
     /// Sets the current PCID and the modes of data accesses and of fetches.
+    #[inline]
     pub fn select(&mut self, pcid: u16, data: TlbMode, fetch: TlbMode) {
         self.pcid = pcid % 4096;
-        let context = self.context(self.pcid);
-        if self.key >> MODE_BITS != u64::from(context) {
-            self.inline.clear();
-        }
-        self.key = u64::from(context) << MODE_BITS | data as u64;
-        self.fetch_key = u64::from(context) << MODE_BITS | fetch as u64;
+        self.enter(data as u64, fetch as u64);
     }
 
+    /// Makes the context of the current PCID the one that is looked up.
+    #[inline]
+    fn enter(&mut self, data: u64, fetch: u64) {
+        let context = u64::from(self.context(self.pcid));
+        if self.key >> MODE_BITS != context {
+            self.inline.forget_context();
+        }
+        self.key = context << MODE_BITS | data;
+        self.fetch_key = context << MODE_BITS | fetch;
+    }
+
+    #[inline]
     fn context(&mut self, pcid: u16) -> u16 {
         let known = self.contexts[usize::from(pcid)];
-        if known != 0 {
-            return known;
-        }
+        if known != 0 { known } else { self.new_context(pcid) }
+    }
+
+    #[cold]
+    fn new_context(&mut self, pcid: u16) -> u16 {
         if self.next_context == CONTEXTS {
-            self.clear();
+            self.empty();
         }
         let fresh = self.next_context;
         self.next_context += 1;
         self.contexts[usize::from(pcid)] = fresh;
+        self.named.push(pcid);
         fresh
     }
 
-    fn clear(&mut self) {
-        self.read.clear();
-        self.write.clear();
-        self.fetch.clear();
-        self.contexts.fill(0);
+    /// Ends every context. Their numbers are not given out again before [`Self::empty`], so nothing filled in them hits.
+    fn end_contexts(&mut self) {
+        for pcid in self.named.drain(..) {
+            self.contexts[usize::from(pcid)] = 0;
+        }
+    }
+
+    /// Forgets everything, at no price that depends on how much there is.
+    fn forget(&mut self) {
+        self.end_contexts();
+        for array in [&mut self.read, &mut self.write, &mut self.fetch] {
+            array.forget_global();
+        }
+        self.forgotten();
+    }
+
+    /// The same in earnest: context numbers begin anew.
+    fn empty(&mut self) {
+        self.end_contexts();
+        for array in [&mut self.read, &mut self.write, &mut self.fetch] {
+            array.clear();
+        }
         self.next_context = 1;
+        self.forgotten();
+    }
+
+    fn forgotten(&mut self) {
         self.large = LargeFilter::default();
         self.fetch_generation += 1;
         self.global_generation += 1;
@@ -254,11 +200,7 @@ impl Tlb {
     }
 
     fn reselect(&mut self) {
-        self.inline.clear();
-        let (data, fetch) = (self.key & MODE_MASK, self.fetch_key & MODE_MASK);
-        let context = self.context(self.pcid);
-        self.key = u64::from(context) << MODE_BITS | data;
-        self.fetch_key = u64::from(context) << MODE_BITS | fetch;
+        self.enter(self.key & MODE_MASK, self.fetch_key & MODE_MASK);
     }
 
     /// Fills an entry of the current context for the page of `lin`. `addend` added to a linear address of the page
@@ -266,9 +208,24 @@ impl Tlb {
     /// [`TlbMode::Uncached`].
     pub fn fill(&mut self, side: TlbSide, lin: u64, addend: u64, global: bool, size: PageSize) {
         let key = if side == TlbSide::Fetch { self.fetch_key } else { self.key };
-        if key & MODE_MASK == TlbMode::Uncached as u64 {
-            return;
+        if key & MODE_MASK != TlbMode::Uncached as u64 {
+            self.fill_for(key, side, lin, addend, global, size);
         }
+    }
+
+    /// The key under which the CPU's own accesses to system structures are held: those of a supervisor, whatever the
+    /// privilege of the code that runs.
+    #[inline(always)]
+    pub fn system_key(&self) -> u64 {
+        (self.key & !MODE_MASK) | TlbMode::Supervisor as u64
+    }
+
+    /// As [`Self::fill`], for the CPU's own accesses to system structures.
+    pub fn fill_system(&mut self, side: TlbSide, lin: u64, addend: u64, global: bool, size: PageSize) {
+        self.fill_for(self.system_key(), side, lin, addend, global, size);
+    }
+
+    fn fill_for(&mut self, key: u64, side: TlbSide, lin: u64, addend: u64, global: bool, size: PageSize) {
         if size != PageSize::Size4K {
             self.large.insert(lin, size);
         }
@@ -280,10 +237,10 @@ impl Tlb {
                 return;
             }
         };
-        if evicted.tag != 0 {
-            self.evicted[(self.evictions & 1) as usize] = (evicted.tag & !0xfff).wrapping_add(evicted.addend);
+        if let Some(gone) = evicted {
+            self.evicted[(self.evictions & 1) as usize] = (gone.tag & !0xfff).wrapping_add(gone.addend);
             self.evictions += 1;
-            self.inline.remove(side, evicted.tag);
+            self.inline.remove(side, gone.tag);
         }
     }
 
@@ -294,7 +251,8 @@ impl Tlb {
         let Some(addend) = array.lookup(lin, key).or_else(|| array.lookup_global(lin, key)) else {
             return false;
         };
-        self.inline.fill(side, lin, (key & MODE_MASK) as usize, addend);
+        let global = array.is_global(lin, key);
+        self.inline.fill(side, lin, (key & MODE_MASK) as usize, addend, global);
         true
     }
 
@@ -304,7 +262,7 @@ impl Tlb {
             TlbFlush::None => return,
             // A large page is held in pieces, and a flush of one address must take all of them.
             TlbFlush::Page(Gva(lin)) | TlbFlush::PageOf(_, Gva(lin)) if self.large.may_contain(lin) => {
-                self.clear()
+                self.forget();
             }
             TlbFlush::Page(Gva(lin)) => {
                 let context = self.key & 0xfff & !MODE_MASK;
@@ -326,10 +284,10 @@ impl Tlb {
                 self.fetch_generation += 1;
             }
             TlbFlush::NonGlobal => {
-                self.contexts.fill(0);
+                self.end_contexts();
                 self.fetch_generation += 1;
             }
-            TlbFlush::All => self.clear(),
+            TlbFlush::All => self.forget(),
         }
         self.flushes += 1;
         self.reselect();

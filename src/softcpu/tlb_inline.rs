@@ -4,7 +4,8 @@
 //! The check in translated code ([`crate::translate`]) is: entry of the page, address minus tag, at most 4096 minus the
 //! size of the access. That finds the right page, an access that stays in it, and the right (a tag is only there while
 //! mode and context that it was filled in are current). Contexts are not part of these tags: when the context changes
-//! everything here goes, at the price of one refill from [`crate::tlb`] for each page that is used again.
+//! everything here goes but global pages, at the price of one refill from [`crate::tlb`] for each page that is used again.
+//! What was filled is listed, so that emptying costs what filling did.
 //!
 //! Everything here is also in [`crate::tlb::Tlb`] for the current context, so that both engines walk the tables at the same
 //! accesses.
@@ -12,12 +13,14 @@
 use crate::tlb::TlbSide;
 
 /// Entries in one array.
-pub const ENTRIES: usize = 1024;
+pub const ENTRIES: usize = 2048;
+/// What of an address shifted right by 8 is the distance of its entry from the first of an array, in bytes.
+pub const SLOT_MASK: i32 = ((ENTRIES - 1) * size_of::<InlineEntry>()) as i32;
 /// Modes that have arrays: those of [`crate::tlb::TlbMode`] that are cached.
 const MODES: usize = 3;
 const ARRAYS: usize = 2 * MODES;
 /// How many filled slots are remembered one by one; when there are more, clearing clears everything.
-const REMEMBERED: usize = 256;
+const REMEMBERED: usize = 2048;
 
 /// One entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,13 +32,19 @@ pub struct InlineEntry {
     pub host: u64,
 }
 
+const SLOTS: usize = ARRAYS * ENTRIES;
+
 /// The arrays.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct InlineTlb {
     arrays: [[InlineEntry; ENTRIES]; ARRAYS],
+    /// Slots that were filled, each as often as it was filled when empty.
     filled: [u16; REMEMBERED],
+    /// How many; more than are remembered if there was no room.
     count: usize,
+    /// Whether the page in a slot is global, one bit a slot.
+    global: [u64; SLOTS / 64],
 }
 
 /// Where the array of a side and mode stands in [`InlineTlb`], in bytes.
@@ -72,20 +81,27 @@ const EMPTY: [InlineEntry; ENTRIES] = {
 
 impl Default for InlineTlb {
     fn default() -> Self {
-        Self { arrays: [EMPTY; ARRAYS], filled: [0; REMEMBERED], count: 0 }
+        Self { arrays: [EMPTY; ARRAYS], filled: [0; REMEMBERED], count: 0, global: [0; SLOTS / 64] }
     }
 }
 
 impl InlineTlb {
-    /// Fills the slot of `lin`. `addend` added to a linear address of the page gives the host address.
-    pub fn fill(&mut self, side: TlbSide, lin: u64, mode: usize, addend: u64) {
+    /// Fills the slot of `lin`. `addend` added to a linear address of the page gives the host address; a `global` page
+    /// stays when the context changes.
+    pub fn fill(&mut self, side: TlbSide, lin: u64, mode: usize, addend: u64, global: bool) {
         let (array, slot) = (array(side, mode), slot(lin));
-        let page = lin & !0xfff;
-        self.arrays[array][slot] = InlineEntry { tag: page, host: page.wrapping_add(addend) };
-        if self.count < REMEMBERED {
-            self.filled[self.count] = (array * ENTRIES + slot) as u16;
+        let (page, at) = (lin & !0xfff, array * ENTRIES + slot);
+        let entry = &mut self.arrays[array][slot];
+        if *entry == empty(slot) {
+            if self.count < REMEMBERED {
+                self.filled[self.count] = at as u16;
+            }
+            self.count += 1;
         }
-        self.count += 1;
+        *entry = InlineEntry { tag: page, host: page.wrapping_add(addend) };
+        let bit = 1 << (at % 64);
+        let word = &mut self.global[at / 64];
+        *word = if global { *word | bit } else { *word & !bit };
     }
 
     /// Empties everything.
@@ -99,6 +115,29 @@ impl InlineTlb {
             self.arrays.fill(EMPTY);
         }
         self.count = 0;
+    }
+
+    /// Empties everything but global pages: another context is current.
+    pub fn forget_context(&mut self) {
+        if self.count > REMEMBERED {
+            self.clear();
+            return;
+        }
+        let mut kept = 0;
+        for i in 0..self.count {
+            let at = usize::from(self.filled[i]);
+            let entry = &mut self.arrays[at / ENTRIES % ARRAYS][at % ENTRIES];
+            if *entry == empty(at % ENTRIES) {
+                continue;
+            }
+            if self.global[at / 64] >> (at % 64) & 1 != 0 {
+                self.filled[kept] = at as u16;
+                kept += 1;
+            } else {
+                *entry = empty(at % ENTRIES);
+            }
+        }
+        self.count = kept;
     }
 
     /// Removes the entry that corresponds to a tag of [`crate::tlb::TlbArray`].
@@ -164,7 +203,7 @@ mod tests {
     fn a_hit_needs_side_mode_page_and_room() {
         let mut tlb = InlineTlb::default();
         let lin = 0xffff_8000_0012_3456;
-        tlb.fill(TlbSide::Write, lin, 1, 0x1000u64.wrapping_sub(lin & !0xfff));
+        tlb.fill(TlbSide::Write, lin, 1, 0x1000u64.wrapping_sub(lin & !0xfff), false);
         assert_eq!(hit(&tlb, TlbSide::Write, 1, lin, 8), Some(0x1456));
         assert_eq!(hit(&tlb, TlbSide::Write, 1, (lin & !0xfff) + 0xff8, 8), Some(0x1ff8));
         assert_eq!(hit(&tlb, TlbSide::Write, 1, (lin & !0xfff) + 0xff9, 8), None);
@@ -181,11 +220,11 @@ mod tests {
         for pages in [3u64, 200, 3000] {
             let mut tlb = InlineTlb::default();
             for page in 0..pages {
-                tlb.fill(TlbSide::Read, page << 12, (page % 3) as usize, 0);
+                tlb.fill(TlbSide::Read, page << 12, (page % 3) as usize, 0, page % 2 == 0);
             }
             tlb.clear();
             assert_eq!(tlb.held().count(), 0);
-            tlb.fill(TlbSide::Read, 0x5000, 0, 0);
+            tlb.fill(TlbSide::Read, 0x5000, 0, 0, false);
             assert_eq!(tlb.held().count(), 1);
         }
     }

@@ -290,6 +290,9 @@ impl Blocks {
         let (mode, page) = (target.mode, target.page);
         let Some(source) = self.get(from) else { return };
         let Some(&link) = source.links.get(exit as usize) else { return };
+        if link.to == Some(to) {
+            return;
+        }
         if link.mode != mode || target.len == 0 || link.form != ExitForm::Page && source.page != page {
             return;
         }

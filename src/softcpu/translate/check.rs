@@ -13,7 +13,7 @@ use super::layout::{Home, field, hot, segment_base, tlb_array};
 use super::mode::Mode;
 use crate::decode::segment_index;
 use crate::tlb::TlbSide;
-use iced_x86::{Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
+use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
 use vcpu::state::seg;
 
 const RAX: u8 = host::RAX;
@@ -38,6 +38,9 @@ pub const fn wanted(size: u32, wants: Wants, segment: u8) -> u32 {
 
 /// Where in what is wanted the number of stretches stands whose accesses rely on the TLB as it is.
 pub const STRETCHES: u32 = 24;
+
+/// Added to what is wanted: what stops the access is what stops the instruction.
+pub const SOLE_ACCESS: u32 = 1 << 31;
 
 /// An address to check.
 #[derive(Clone, Copy, Debug)]
@@ -157,13 +160,27 @@ impl Emitter<'_> {
         self.asm.cold(true);
         self.asm.bind(miss);
         self.address(address)?;
-        self.asm.imm(R10, u64::from(wanted(size, wants, segment) | self.stretches << STRETCHES));
+        let sole = if self.is_sole_access(address, aligned) { SOLE_ACCESS } else { 0 };
+        self.asm.imm(R10, u64::from(wanted(size, wants, segment) | self.stretches << STRETCHES | sole));
         self.asm.call(Target::Arena(self.gates.refill));
         self.asm.jmp(Target::Here(again));
         let slow = self.slow();
         self.asm.jmp(slow);
         self.asm.cold(false);
         Ok(())
+    }
+
+    /// Whether what stops the access stops the instruction, and in the same way: it is all that the instruction accesses,
+    /// and nothing else is looked at before.
+    fn is_sole_access(&mut self, address: Address<'_>, aligned: bool) -> bool {
+        let Address::Operand(insn) = address else { return false };
+        let info = self.info.info(insn);
+        let [memory] = info.used_memory() else { return false };
+        let whole = matches!(
+            memory.access(),
+            OpAccess::Read | OpAccess::Write | OpAccess::ReadWrite | OpAccess::ReadCondWrite
+        );
+        whole && !aligned && insn.flow_control() == FlowControl::Next
     }
 
     /// Checks the memory operand of an instruction, if it is accessed. The flags must have been released.

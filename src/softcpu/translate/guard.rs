@@ -226,7 +226,7 @@ impl Emitter<'_> {
             self.asm.op_reg(4, &[0x8b], R10, RAX);
             self.asm.shift(4, 5, R10, 8);
         }
-        self.asm.alu_imm(4, 4, R10, 0x3ff0);
+        self.asm.alu_imm(4, 4, R10, crate::tlb_inline::SLOT_MASK);
         self.asm.op_mem(8, &[0x2b], RAX, Mem::element(R10, 0, tag));
         // CMP RAX, imm32 has a short form.
         self.asm.bytes(&[0x48, 0x3d]);

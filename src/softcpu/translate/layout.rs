@@ -63,6 +63,8 @@ pub struct Hot {
     pub stretches: [u64; super::stretch::MOST],
     /// Guest registers whose host register another has in the running loop: see [`super::homes`].
     pub parked: [u64; 3],
+    /// Why the access could not be made at which the code was left, if that is the instruction's own stop: likewise.
+    pub refused: u64,
 }
 
 /// A field of [`Hot`].

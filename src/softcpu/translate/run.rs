@@ -13,7 +13,7 @@ use super::arena::Arena;
 use super::asm::Asm;
 use super::block::{self, Emission, Parts};
 use super::blocks::{Block, Blocks, Link, key};
-use super::check::{STRETCHES, Wants};
+use super::check::{SOLE_ACCESS, STRETCHES, Wants};
 use super::classify::{HostFlags, Setting};
 use super::emit::Emitter;
 use super::flag_state::FlagState;
@@ -262,8 +262,10 @@ impl Translator {
                     core.regs[usize::from(REG_IP)] = left_at;
                     if core.hot.exit_in_shadow != 0 && core.hot.shadow != 0 {
                         core.hold_interrupts();
+                        core.native.fresh_shadow = false;
                     }
-                    return Ok(Next::Interpret(1));
+                    // What the interpreter would come to: it looks at nothing else before this access.
+                    return stop_from(core.hot.refused).map_or(Ok(Next::Interpret(1)), Err);
                 }
                 Reason::Vectors => {
                     core.regs[usize::from(REG_IP)] = left_at;
@@ -315,6 +317,7 @@ impl Translator {
         let hot = &mut core.hot;
         (hot.budget, hot.flags, hot.enter_page, hot.fpu) = (budget, flags, page, fpu);
         (hot.undone, hot.withheld, hot.exit_in_shadow, hot.entered_with) = (0, 0, 0, budget);
+        hot.refused = 0;
         let pointer = core.pointer();
         // SAFETY: the gate and the block are of the set of this mode, the frame was prepared above, and `find` has set the
         // page's word. Translated code touches the frame, guest memory through checked addresses, and nothing else; while
@@ -379,6 +382,17 @@ impl Translator {
     #[cold]
     fn find_slow(&mut self, core: &mut FrameBox, mode: Mode, ip: u64, slot: usize) -> Result<u32, Stop> {
         let hpa = core.translate_fetch(ip)?;
+        let jump = self.jumps[slot];
+        if jump.ip == ip
+            && let Some(block) = self.blocks.get(jump.block)
+            && block.mode == mode
+            && block.hpa == hpa
+        {
+            // The same code at the same place: the mapping was only forgotten.
+            let (page, global) = (block.page, core.tlb.fetch.is_global(ip, core.tlb.fetch_key));
+            self.blocks.know_page(core, page, ip & !0xfff, global);
+            return Ok(jump.block);
+        }
         self.blocks.prepare_mode(core, mode);
         let index = match self.blocks.lookup(key(hpa, mode)) {
             Some(index) => index,
@@ -618,9 +632,10 @@ pub unsafe extern "sysv64" fn callout(core: *mut Core, op: *const Op) -> u64 {
     0
 }
 
-/// Called by translated code: fills the inline TLB for an access. 0: the interpreter must look at it.
+/// Called by translated code: fills the inline TLB for an access. 0: the code is to be left before the instruction.
 ///
-/// What it counts is what the interpreter would count for the same access, whichever of them completes it.
+/// If the walk stops, and that is what the instruction would come to, the stop stands and is delivered without it being
+/// executed: the walk is not made twice. Everything else is the interpreter's, and what was counted for it is taken back.
 ///
 /// # Safety
 /// `core` must be the frame that was entered.
@@ -628,6 +643,7 @@ pub unsafe extern "sysv64" fn refill(core: *mut Core, lin: u64, wanted: u64) -> 
     // SAFETY: the caller guarantees it, and nobody else uses the frame meanwhile.
     let core = unsafe { &mut *core };
     core.counters.count(Counter::TranslatedRefills);
+    core.hot.refused = 0;
     let (size, segment) = (wanted & 0xff, (wanted >> 16) as u8);
     let both = wanted >> 8 & 0xff == Wants::Both as u64;
     let write = both || wanted >> 8 & 0xff == Wants::Write as u64;
@@ -641,17 +657,29 @@ pub unsafe extern "sysv64" fn refill(core: *mut Core, lin: u64, wanted: u64) -> 
     }
     let counted = [Counter::TlbMisses, Counter::WalkReferences].map(|c| (c, core.counters.get(c)));
     let evictions = core.tlb.evictions;
-    let filled = core.translate(lin, kind, crate::memory::Who::Current, segment, size).is_ok()
-        && core.tlb.fill_inline(side, lin)
-        && (!both
-            || core.translate(lin, AccessKind::Read, crate::memory::Who::Current, segment, size).is_ok());
+    let who = crate::memory::Who::Current;
+    let filled = match core.translate(lin, kind, who, segment, size) {
+        Err(stop) if wanted & u64::from(SOLE_ACCESS) != 0 => {
+            core.hot.refused = stop_number(stop);
+            return 0;
+        }
+        translated => {
+            translated.is_ok()
+                && core.tlb.fill_inline(side, lin)
+                && (!both || core.translate(lin, AccessKind::Read, who, segment, size).is_ok())
+        }
+    };
     if !filled {
         counted.into_iter().for_each(|(counter, n)| core.counters.set(counter, n));
         (core.exit, core.failure) = (None, None);
         return 0;
     }
+    if write {
+        // Most pages that are written are read, and the entry for that came with the walk.
+        core.tlb.fill_inline(TlbSide::Read, lin);
+    }
     leave_soon(core);
-    let stretches = (wanted >> STRETCHES) as usize;
+    let stretches = ((wanted & !u64::from(SOLE_ACCESS)) >> STRETCHES) as usize;
     u64::from(core.tlb.evictions == evictions || !relied_on(core, stretches))
 }
 

@@ -1,0 +1,130 @@
+//! One array of the TLB: direct-mapped, tagged with page, context and mode, with a note which entries are global.
+//!
+//! It stands under [`crate::tlb`], which names contexts and says when they end. Nothing here is emptied when everything is
+//! flushed: the entries of a context die with its number, and global ones with the generation in which they were filled.
+//! Only when numbers or generations run out are the arrays emptied in earnest.
+//!
+//! Which slot a page has depends on two stretches of its address, not on the lowest bits alone: a kernel lays its
+//! structures out in strides of powers of two, and two pages that are used in turns must not evict each other each time.
+//!
+//! Intel SDM Vol. 3 §4.10.2.4 (global pages).
+
+/// One entry. An empty one has tag 0, which no key equals: context numbers begin at 1.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TlbEntry {
+    /// Page address | context.
+    pub tag: u64,
+    /// What added to a linear address gives the host address.
+    pub addend: u64,
+}
+
+const SLOT_BITS: u32 = 10;
+const ENTRIES: usize = 1 << SLOT_BITS;
+/// Bits of a tag that say by which kind of access it was filled.
+pub(crate) const MODE_BITS: u32 = 2;
+/// The same as a mask.
+pub(crate) const MODE_MASK: u64 = (1 << MODE_BITS) - 1;
+
+/// One of the three arrays.
+#[derive(Debug)]
+pub struct TlbArray {
+    entries: Box<[TlbEntry; ENTRIES]>,
+    /// Of each entry the generation that it was filled in as a global one; 0 if it is not global.
+    global: Box<[u16; ENTRIES]>,
+    /// The generation of global entries that hold.
+    generation: u16,
+}
+
+impl TlbArray {
+    pub(crate) fn new() -> Self {
+        Self {
+            entries: Box::new([TlbEntry::default(); ENTRIES]),
+            global: Box::new([0; ENTRIES]),
+            generation: 1,
+        }
+    }
+
+    /// Different modes use different slots of one page, so that kernel copies do not evict the user's entry.
+    #[inline(always)]
+    fn slot(lin: u64, key: u64) -> usize {
+        let page = lin >> 12;
+        (page ^ page >> SLOT_BITS ^ ((key & MODE_MASK) * 0x155)) as usize % ENTRIES
+    }
+
+    /// The addend for `lin` under context `key`, on a hit.
+    #[inline(always)]
+    pub fn lookup(&self, lin: u64, key: u64) -> Option<u64> {
+        let e = &self.entries[Self::slot(lin, key)];
+        if e.tag == (lin & !0xfff) | key { Some(e.addend) } else { None }
+    }
+
+    /// As [`Self::lookup`] after a miss: finds a global entry filled under another PCID and re-tags it.
+    pub fn lookup_global(&mut self, lin: u64, key: u64) -> Option<u64> {
+        let slot = Self::slot(lin, key);
+        let e = &mut self.entries[slot];
+        let same_page_and_mode = e.tag & !(0xfff & !MODE_MASK) == (lin & !0xfff) | (key & MODE_MASK);
+        if e.tag != 0 && self.global[slot] == self.generation && same_page_and_mode {
+            e.tag = (lin & !0xfff) | key;
+            return Some(e.addend);
+        }
+        None
+    }
+
+    /// Fills, and gives the entry that had to go, if it held under the context of `key`.
+    pub(crate) fn fill(&mut self, lin: u64, key: u64, addend: u64, global: bool) -> Option<TlbEntry> {
+        let slot = Self::slot(lin, key);
+        let was_global = self.global[slot] == self.generation;
+        self.global[slot] = if global { self.generation } else { 0 };
+        let new = TlbEntry { tag: (lin & !0xfff) | key, addend };
+        let gone = std::mem::replace(&mut self.entries[slot], new);
+        let held = was_global || (gone.tag ^ key) & 0xfff & !MODE_MASK == 0;
+        (gone.tag != 0 && held).then_some(gone)
+    }
+
+    /// Whether the entry that `lin` hits is global.
+    pub fn is_global(&self, lin: u64, key: u64) -> bool {
+        self.lookup(lin, key).is_some() && self.global[Self::slot(lin, key)] == self.generation
+    }
+
+    /// What it holds: the entries, and whether each is global. Those of contexts that have ended are among them.
+    pub fn held(&self) -> impl Iterator<Item = (TlbEntry, bool)> + '_ {
+        let global = self.global.iter().map(|&g| g == self.generation);
+        self.entries.iter().copied().zip(global).filter(|(e, _)| e.tag != 0)
+    }
+
+    /// Ends the generation of global entries. The caller ends all contexts.
+    pub(crate) fn forget_global(&mut self) {
+        match self.generation.checked_add(1) {
+            Some(next) => self.generation = next,
+            // What was filled so long ago must not come to life again.
+            None => self.clear(),
+        }
+    }
+
+    /// Empties it.
+    pub(crate) fn clear(&mut self) {
+        self.entries.fill(TlbEntry::default());
+        self.global.fill(0);
+        self.generation = 1;
+    }
+
+    pub(crate) fn remove_page(&mut self, lin: u64, wanted: impl Fn(u64, bool) -> bool) {
+        for mode in 0..=MODE_MASK {
+            let slot = Self::slot(lin, mode);
+            let e = &mut self.entries[slot];
+            if e.tag & !0xfff == lin & !0xfff && wanted(e.tag, self.global[slot] == self.generation) {
+                *e = TlbEntry::default();
+            }
+        }
+    }
+
+    /// Removes what leads to a frame, and tells `gone` each tag.
+    pub(crate) fn remove_frame(&mut self, host_page: u64, mut gone: impl FnMut(u64)) {
+        for e in self.entries.iter_mut() {
+            if e.tag != 0 && (e.tag & !0xfff).wrapping_add(e.addend) == host_page {
+                gone(e.tag);
+                *e = TlbEntry::default();
+            }
+        }
+    }
+}
