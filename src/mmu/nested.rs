@@ -116,7 +116,7 @@ impl Trail for Directory {
     #[inline]
     fn step(&mut self, level: u8, address: u64, _raw: u64, above: u64) {
         if level == DIRECTORY {
-            self.found = Start { table: address & !0xfff, level, above };
+            self.found = Start { table: address & !0xfff, level: u64::from(level), above };
         }
     }
 }
@@ -175,11 +175,11 @@ impl<'a> NestedMemory<'a> {
         let gigabyte = gpa.0 >> 30;
         let known = directory.gigabyte == gigabyte;
         let from = if known { directory.found } else { *start };
-        tables.references += u64::from(start.level - from.level);
+        tables.references += start.level - from.level;
         directory.found = from;
         let translated = translate_ept(*format, from, gpa, kind, tables, directory);
         // A walk that ended above the directory has found none.
-        directory.gigabyte = if directory.found.level == DIRECTORY { gigabyte } else { u64::MAX };
+        directory.gigabyte = if directory.found.level == u64::from(DIRECTORY) { gigabyte } else { u64::MAX };
         translated
     }
 

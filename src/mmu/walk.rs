@@ -158,8 +158,9 @@ impl Trail for Walk {
 pub(crate) struct Start {
     /// Physical address of the table.
     pub table: u64,
-    /// Its level.
-    pub level: u8,
+    /// Its level. As wide as the rest: the nested walk copies this at each table, and padding copied in pieces stalls on the
+    /// stores before it.
+    pub level: u64,
     /// What the entries above permit.
     pub above: u64,
 }
@@ -186,7 +187,7 @@ impl Start {
     /// The root table.
     #[inline]
     pub fn root<F: EntryFormat>(format: F, table: u64) -> Self {
-        Self { table, level: format.levels(), above: u64::MAX }
+        Self { table, level: u64::from(format.levels()), above: u64::MAX }
     }
 }
 
@@ -208,7 +209,7 @@ pub(crate) fn descend<F: EntryFormat, M: TableMemory, T: Trail>(
     let bytes = format.entry_bytes();
     'restart: loop {
         trail.clear();
-        let Start { mut table, mut level, mut above } = start;
+        let (mut table, mut level, mut above) = (start.table, start.level as u8, start.above);
         loop {
             let at = table + format.index(address, level) * bytes;
             let raw = memory.load(at, bytes)?;

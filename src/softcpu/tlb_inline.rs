@@ -19,7 +19,7 @@ pub const SLOT_MASK: i32 = ((ENTRIES - 1) * size_of::<InlineEntry>()) as i32;
 /// Modes that have arrays: those of [`crate::tlb::TlbMode`] that are cached.
 const MODES: usize = 3;
 const ARRAYS: usize = 2 * MODES;
-/// How many filled slots are remembered one by one; when there are more, clearing clears everything.
+/// How many filled slots are remembered one by one in each of two lists; when there are more, clearing clears everything.
 const REMEMBERED: usize = 2048;
 
 /// One entry.
@@ -34,15 +34,39 @@ pub struct InlineEntry {
 
 const SLOTS: usize = ARRAYS * ENTRIES;
 
+/// Slots that were filled since they were last listed, some of them more than once.
+#[derive(Debug)]
+struct Filled {
+    slots: [u16; REMEMBERED],
+    /// How many; more than are remembered if there was no room.
+    count: usize,
+}
+
+impl Filled {
+    const NONE: Self = Self { slots: [0; REMEMBERED], count: 0 };
+
+    fn push(&mut self, at: usize) {
+        if let Some(slot) = self.slots.get_mut(self.count) {
+            *slot = at as u16;
+        }
+        self.count += 1;
+    }
+
+    /// Those in the list, which is empty then; `None` if not all are.
+    fn take(&mut self) -> Option<&[u16]> {
+        self.slots.get(..std::mem::take(&mut self.count))
+    }
+}
+
 /// The arrays.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct InlineTlb {
     arrays: [[InlineEntry; ENTRIES]; ARRAYS],
-    /// Slots that were filled, each as often as it was filled when empty.
-    filled: [u16; REMEMBERED],
-    /// How many; more than are remembered if there was no room.
-    count: usize,
+    /// Slots that were filled with a page of the current context.
+    local: Filled,
+    /// Slots that were filled with a global page.
+    shared: Filled,
     /// Whether the page in a slot is global, one bit a slot.
     global: [u64; SLOTS / 64],
 }
@@ -81,7 +105,7 @@ const EMPTY: [InlineEntry; ENTRIES] = {
 
 impl Default for InlineTlb {
     fn default() -> Self {
-        Self { arrays: [EMPTY; ARRAYS], filled: [0; REMEMBERED], count: 0, global: [0; SLOTS / 64] }
+        Self { arrays: [EMPTY; ARRAYS], local: Filled::NONE, shared: Filled::NONE, global: [0; SLOTS / 64] }
     }
 }
 
@@ -92,52 +116,48 @@ impl InlineTlb {
         let (array, slot) = (array(side, mode), slot(lin));
         let (page, at) = (lin & !0xfff, array * ENTRIES + slot);
         let entry = &mut self.arrays[array][slot];
-        if *entry == empty(slot) {
-            if self.count < REMEMBERED {
-                self.filled[self.count] = at as u16;
-            }
-            self.count += 1;
-        }
+        let fresh = *entry == empty(slot);
         *entry = InlineEntry { tag: page, host: page.wrapping_add(addend) };
-        let bit = 1 << (at % 64);
-        let word = &mut self.global[at / 64];
+        let (bit, word) = (1 << (at % 64), &mut self.global[at / 64]);
+        if fresh || global != (*word & bit != 0) {
+            if global { &mut self.shared } else { &mut self.local }.push(at);
+        }
         *word = if global { *word | bit } else { *word & !bit };
     }
 
     /// Empties everything.
     pub fn clear(&mut self) {
-        if self.count <= REMEMBERED {
-            for &at in &self.filled[..self.count] {
-                let at = usize::from(at);
-                self.arrays[at / ENTRIES % ARRAYS][at % ENTRIES] = empty(at % ENTRIES);
+        let Self { arrays, local, shared, .. } = self;
+        match (local.take(), shared.take()) {
+            (Some(local), Some(shared)) => {
+                for &at in local.iter().chain(shared) {
+                    let at = usize::from(at);
+                    arrays[at / ENTRIES % ARRAYS][at % ENTRIES] = empty(at % ENTRIES);
+                }
             }
-        } else {
-            self.arrays.fill(EMPTY);
+            _ => self.clear_all(),
         }
-        self.count = 0;
     }
 
     /// Empties everything but global pages: another context is current.
     pub fn forget_context(&mut self) {
-        if self.count > REMEMBERED {
-            self.clear();
+        let Self { arrays, local, global, .. } = self;
+        let Some(slots) = local.take() else {
+            self.clear_all();
             return;
-        }
-        let mut kept = 0;
-        for i in 0..self.count {
-            let at = usize::from(self.filled[i]);
-            let entry = &mut self.arrays[at / ENTRIES % ARRAYS][at % ENTRIES];
-            if *entry == empty(at % ENTRIES) {
-                continue;
-            }
-            if self.global[at / 64] >> (at % 64) & 1 != 0 {
-                self.filled[kept] = at as u16;
-                kept += 1;
-            } else {
-                *entry = empty(at % ENTRIES);
+        };
+        for &at in slots {
+            let at = usize::from(at);
+            // A page of the context may have made way for a global one.
+            if global[at / 64 % (SLOTS / 64)] >> (at % 64) & 1 == 0 {
+                arrays[at / ENTRIES % ARRAYS][at % ENTRIES] = empty(at % ENTRIES);
             }
         }
-        self.count = kept;
+    }
+
+    fn clear_all(&mut self) {
+        self.arrays.fill(EMPTY);
+        (self.local.count, self.shared.count) = (0, 0);
     }
 
     /// Removes the entry that corresponds to a tag of [`crate::tlb::TlbArray`].
