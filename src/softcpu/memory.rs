@@ -409,7 +409,7 @@ impl Core {
     /// Translates for a fetch: the host-physical address of a linear one.
     pub fn translate_fetch(&mut self, lin: u64) -> Result<Hpa, Stop> {
         let key = self.tlb.fetch_key;
-        let hit = self.tlb.fetch.lookup(lin, key).or_else(|| self.tlb.fetch.lookup_global(lin, key));
+        let hit = self.tlb.fetch.find(lin, key);
         if let Some(addend) = hit {
             return Ok(Hpa(lin.wrapping_add(addend).wrapping_sub(self.host_base)));
         }
@@ -466,7 +466,7 @@ impl Core {
             TlbSide::Write => &mut self.tlb.write,
             TlbSide::Fetch => &mut self.tlb.fetch,
         };
-        if let Some(addend) = array.lookup(lin, key).or_else(|| array.lookup_global(lin, key)) {
+        if let Some(addend) = array.find(lin, key) {
             return Ok(Target::Memory(Hpa(lin.wrapping_add(addend).wrapping_sub(self.host_base))));
         }
         let privilege = match who {
@@ -553,7 +553,7 @@ impl Core {
                 Who::Current => {
                     self.tlb.fill(side, lin, addend, global, size);
                     // What may be written may be read, and mostly is.
-                    if side == TlbSide::Write && self.tlb.read.lookup(lin, self.tlb.key) != Some(addend) {
+                    if side == TlbSide::Write && self.tlb.read.find(lin, self.tlb.key) != Some(addend) {
                         self.tlb.fill(TlbSide::Read, lin, addend, global, size);
                     }
                 }

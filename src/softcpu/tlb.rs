@@ -248,7 +248,7 @@ impl Tlb {
     pub fn fill_inline(&mut self, side: TlbSide, lin: u64) -> bool {
         let key = self.key;
         let array = if side == TlbSide::Write { &mut self.write } else { &mut self.read };
-        let Some(addend) = array.lookup(lin, key).or_else(|| array.lookup_global(lin, key)) else {
+        let Some(addend) = array.find(lin, key) else {
             return false;
         };
         let global = array.is_global(lin, key);
@@ -323,7 +323,7 @@ mod tests {
 
     fn hit(tlb: &mut Tlb, lin: u64) -> bool {
         let key = tlb.key;
-        tlb.read.lookup(lin, key).is_some() || tlb.read.lookup_global(lin, key).is_some()
+        tlb.read.find(lin, key).is_some()
     }
 
     #[test]

@@ -1,11 +1,12 @@
-//! One array of the TLB: direct-mapped, tagged with page, context and mode, with a note which entries are global.
+//! One array of the TLB: two ways, tagged with page, context and mode, with a note which entries are global.
 //!
 //! It stands under [`crate::tlb`], which names contexts and says when they end. Nothing here is emptied when everything is
 //! flushed: the entries of a context die with its number, and global ones with the generation in which they were filled.
 //! Only when numbers or generations run out are the arrays emptied in earnest.
 //!
-//! Which slot a page has depends on two stretches of its address, not on the lowest bits alone: a kernel lays its
-//! structures out in strides of powers of two, and two pages that are used in turns must not evict each other each time.
+//! Which slot a page has depends on two stretches of its address, not on the lowest bits alone, as a kernel lays its
+//! structures out in strides of powers of two. An access looks into that slot only. On a miss the slot's neighbour is looked
+//! at too, and what is found there changes places: two pages that are used in turns do not evict each other each time.
 //!
 //! Intel SDM Vol. 3 §4.10.2.4 (global pages).
 
@@ -18,12 +19,15 @@ pub struct TlbEntry {
     pub addend: u64,
 }
 
-const SLOT_BITS: u32 = 10;
+const SLOT_BITS: u32 = 11;
 const ENTRIES: usize = 1 << SLOT_BITS;
+/// Between a slot and its neighbour. Far, so that a program that goes through memory does not come to both one after the other.
+const OTHER: usize = ENTRIES / 2;
 /// Bits of a tag that say by which kind of access it was filled.
 pub(crate) const MODE_BITS: u32 = 2;
 /// The same as a mask.
 pub(crate) const MODE_MASK: u64 = (1 << MODE_BITS) - 1;
+const CONTEXT_MASK: u64 = 0xfff & !MODE_MASK;
 
 /// One of the three arrays.
 #[derive(Debug)]
@@ -58,27 +62,47 @@ impl TlbArray {
         if e.tag == (lin & !0xfff) | key { Some(e.addend) } else { None }
     }
 
-    /// As [`Self::lookup`] after a miss: finds a global entry filled under another PCID and re-tags it.
-    pub fn lookup_global(&mut self, lin: u64, key: u64) -> Option<u64> {
+    /// As [`Self::lookup`], in the neighbouring slot too, and for global entries that were filled under another PCID. What is
+    /// found is then where a lookup finds it.
+    pub fn find(&mut self, lin: u64, key: u64) -> Option<u64> {
         let slot = Self::slot(lin, key);
+        let wanted = (lin & !0xfff) | key;
+        let at = [slot, slot ^ OTHER].into_iter().find(|&at| {
+            let tag = self.entries[at].tag;
+            let same_but_context = (tag ^ wanted) & !CONTEXT_MASK == 0;
+            tag == wanted || tag != 0 && same_but_context && self.global[at] == self.generation
+        })?;
+        self.entries.swap(slot, at);
+        self.global.swap(slot, at);
         let e = &mut self.entries[slot];
-        let same_page_and_mode = e.tag & !(0xfff & !MODE_MASK) == (lin & !0xfff) | (key & MODE_MASK);
-        if e.tag != 0 && self.global[slot] == self.generation && same_page_and_mode {
-            e.tag = (lin & !0xfff) | key;
-            return Some(e.addend);
-        }
-        None
+        e.tag = wanted;
+        Some(e.addend)
     }
 
     /// Fills, and gives the entry that had to go, if it held under the context of `key`.
     pub(crate) fn fill(&mut self, lin: u64, key: u64, addend: u64, global: bool) -> Option<TlbEntry> {
         let slot = Self::slot(lin, key);
-        let was_global = self.global[slot] == self.generation;
-        self.global[slot] = if global { self.generation } else { 0 };
         let new = TlbEntry { tag: (lin & !0xfff) | key, addend };
-        let gone = std::mem::replace(&mut self.entries[slot], new);
-        let held = was_global || (gone.tag ^ key) & 0xfff & !MODE_MASK == 0;
-        (gone.tag != 0 && held).then_some(gone)
+        let gone = if !self.holds(slot, key) {
+            None
+        } else if (self.entries[slot].tag ^ new.tag) & !CONTEXT_MASK == 0 {
+            // The same page, which the caller found fault with.
+            Some(self.entries[slot])
+        } else {
+            let neighbour = self.holds(slot ^ OTHER, key).then_some(self.entries[slot ^ OTHER]);
+            self.entries[slot ^ OTHER] = self.entries[slot];
+            self.global[slot ^ OTHER] = self.global[slot];
+            neighbour
+        };
+        self.entries[slot] = new;
+        self.global[slot] = if global { self.generation } else { 0 };
+        gone
+    }
+
+    /// Whether an entry holds under the context of `key`, in whatever mode.
+    fn holds(&self, at: usize, key: u64) -> bool {
+        let tag = self.entries[at].tag;
+        tag != 0 && ((tag ^ key) & CONTEXT_MASK == 0 || self.global[at] == self.generation)
     }
 
     /// Whether the entry that `lin` hits is global.
@@ -111,9 +135,11 @@ impl TlbArray {
     pub(crate) fn remove_page(&mut self, lin: u64, wanted: impl Fn(u64, bool) -> bool) {
         for mode in 0..=MODE_MASK {
             let slot = Self::slot(lin, mode);
-            let e = &mut self.entries[slot];
-            if e.tag & !0xfff == lin & !0xfff && wanted(e.tag, self.global[slot] == self.generation) {
-                *e = TlbEntry::default();
+            for at in [slot, slot ^ OTHER] {
+                let e = &mut self.entries[at];
+                if e.tag & !0xfff == lin & !0xfff && wanted(e.tag, self.global[at] == self.generation) {
+                    *e = TlbEntry::default();
+                }
             }
         }
     }
