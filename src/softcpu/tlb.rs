@@ -405,4 +405,49 @@ mod tests {
             assert!(hit(&mut tlb, PAGE));
         }
     }
+
+    #[test]
+    fn a_flush_of_everything_leaves_nothing_however_often() {
+        let mut tlb = Tlb::default();
+        for i in 0..3000u64 {
+            tlb.select((i % 7) as u16, TlbMode::Supervisor, TlbMode::Supervisor);
+            tlb.fill(TlbSide::Read, PAGE, 1, i % 3 == 0, PageSize::Size4K);
+            tlb.fill(TlbSide::Write, PAGE, 1, true, PageSize::Size4K);
+            assert!(tlb.fill_inline(TlbSide::Read, PAGE) && tlb.fill_inline(TlbSide::Write, PAGE));
+            tlb.flush(TlbFlush::All, 0);
+            assert_eq!(tlb.inline.held().count(), 0);
+            for pcid in 0..7 {
+                tlb.select(pcid, TlbMode::Supervisor, TlbMode::Supervisor);
+                assert!(!hit(&mut tlb, PAGE) && tlb.write.find(PAGE, tlb.key).is_none(), "after {i} flushes");
+            }
+        }
+    }
+
+    #[test]
+    fn system_structures_are_held_for_the_supervisor_whoever_runs() {
+        let mut tlb = Tlb::default();
+        tlb.select(0, TlbMode::User, TlbMode::User);
+        tlb.fill_system(TlbSide::Read, PAGE, 1, false, PageSize::Size4K);
+        assert!(!hit(&mut tlb, PAGE));
+        tlb.select(0, TlbMode::Uncached, TlbMode::User);
+        assert_eq!(tlb.read.find(PAGE, tlb.system_key()), Some(1));
+        tlb.select(0, TlbMode::Supervisor, TlbMode::Supervisor);
+        assert!(hit(&mut tlb, PAGE));
+    }
+
+    #[test]
+    fn global_pages_stay_in_the_inline_arrays_when_the_context_changes() {
+        let mut tlb = Tlb::default();
+        let local = PAGE + 0x1000;
+        tlb.fill(TlbSide::Read, PAGE, 1, true, PageSize::Size4K);
+        tlb.fill(TlbSide::Read, local, 1, false, PageSize::Size4K);
+        assert!(tlb.fill_inline(TlbSide::Read, PAGE) && tlb.fill_inline(TlbSide::Read, local));
+        tlb.select(3, TlbMode::Supervisor, TlbMode::Supervisor);
+        let held: Vec<u64> = tlb.inline.held().map(|(_, _, entry)| entry.tag).collect();
+        assert_eq!(held, [PAGE]);
+        tlb.flush(TlbFlush::Pcid(3), 0);
+        assert_eq!(tlb.inline.held().count(), 1);
+        tlb.flush(TlbFlush::Page(Gva(PAGE)), 0);
+        assert_eq!(tlb.inline.held().count(), 0);
+    }
 }

@@ -4,7 +4,7 @@
 //! flushed: the entries of a context die with its number, and global ones with the generation in which they were filled.
 //! Only when numbers or generations run out are the arrays emptied in earnest.
 //!
-//! Which slot a page has depends on two stretches of its address, not on the lowest bits alone, as a kernel lays its
+//! Which slot a page has depends on all of its address, not on the lowest bits alone, as a kernel lays its
 //! structures out in strides of powers of two. An access looks into that slot only. On a miss the slot's neighbour is looked
 //! at too, and what is found there changes places: two pages that are used in turns do not evict each other each time.
 //!
@@ -52,7 +52,7 @@ impl TlbArray {
     #[inline(always)]
     fn slot(lin: u64, key: u64) -> usize {
         let page = lin >> 12;
-        (page ^ page >> SLOT_BITS ^ ((key & MODE_MASK) * 0x155)) as usize % ENTRIES
+        (page ^ page >> SLOT_BITS ^ page >> (2 * SLOT_BITS) ^ ((key & MODE_MASK) * 0x155)) as usize % ENTRIES
     }
 
     /// The addend for `lin` under context `key`, on a hit.
@@ -150,6 +150,83 @@ impl TlbArray {
             if e.tag != 0 && (e.tag & !0xfff).wrapping_add(e.addend) == host_page {
                 gone(e.tag);
                 *e = TlbEntry::default();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: u64 = 1 << MODE_BITS;
+    const OTHER_CONTEXT: u64 = 2 << MODE_BITS;
+
+    /// Two pages that come to one slot.
+    fn rivals() -> (u64, u64) {
+        let a = 0xffff_8880_0541_f000;
+        let b = (1..4096).map(|n| a + (n << 12)).find(|&b| TlbArray::slot(a, KEY) == TlbArray::slot(b, KEY));
+        (a, b.unwrap_or(a))
+    }
+
+    #[test]
+    fn pages_a_power_of_two_apart_have_slots_of_their_own() {
+        let page = 0xffff_8880_0541_f000u64;
+        for shift in 12..12 + 3 * SLOT_BITS {
+            assert_ne!(TlbArray::slot(page, KEY), TlbArray::slot(page ^ 1 << shift, KEY), "{shift}");
+        }
+    }
+
+    #[test]
+    fn two_pages_of_one_slot_are_both_held() {
+        let (a, b) = rivals();
+        let mut array = TlbArray::new();
+        assert_eq!(array.fill(a, KEY, 1, false), None);
+        assert_eq!(array.fill(b, KEY, 2, true), None);
+        for _ in 0..3 {
+            assert_eq!(array.lookup(a, KEY).or_else(|| array.find(a, KEY)), Some(1));
+            assert!(!array.is_global(a, KEY));
+            assert_eq!(array.find(b, KEY), Some(2));
+            assert!(array.is_global(b, KEY));
+        }
+        array.remove_page(a, |_, _| true);
+        assert_eq!((array.find(a, KEY), array.find(b, KEY)), (None, Some(2)));
+        array.remove_page(b, |_, global| !global);
+        assert_eq!(array.find(b, KEY), Some(2));
+    }
+
+    #[test]
+    fn what_has_to_go_is_told_if_it_held() {
+        let (a, b) = rivals();
+        let c = (1..4096).map(|n| b + (n << 12)).find(|&c| TlbArray::slot(a, KEY) == TlbArray::slot(c, KEY));
+        let c = c.unwrap_or(a);
+        let mut array = TlbArray::new();
+        array.fill(a, KEY, 1, false);
+        array.fill(b, KEY, 2, false);
+        assert_eq!(array.fill(c, KEY, 3, false), Some(a | KEY));
+        assert_eq!((array.find(a, KEY), array.find(b, KEY), array.find(c, KEY)), (None, Some(2), Some(3)));
+        assert_eq!(
+            array.fill(c, KEY, 4, false),
+            Some(c | KEY),
+            "the same page with something else behind it"
+        );
+        assert_eq!(array.fill(a, OTHER_CONTEXT, 5, false), None, "of a context that is not the current one");
+        assert_eq!(array.find(a, OTHER_CONTEXT), Some(5));
+    }
+
+    #[test]
+    fn global_entries_of_old_generations_stay_forgotten() {
+        let mut array = TlbArray::new();
+        let (a, b) = rivals();
+        array.fill(a, KEY, 1, true);
+        for generation in 0..70_000u64 {
+            // With new context numbers, as the TLB gives them out; the old ones must not hit either.
+            let key = (generation % 1000 + 2) << MODE_BITS;
+            array.forget_global();
+            assert_eq!(array.find(a, key), None, "{generation}");
+            if generation % 1000 == 0 {
+                array.fill(b, key, 2, true);
+                assert_eq!(array.find(b, key + KEY), Some(2));
             }
         }
     }

@@ -248,4 +248,42 @@ mod tests {
             assert_eq!(tlb.held().count(), 1);
         }
     }
+
+    #[test]
+    fn another_context_leaves_global_pages() {
+        for pages in [3u64, 200, 1500, 5000] {
+            let mut tlb = InlineTlb::default();
+            let all_are_listed = pages < REMEMBERED as u64;
+            for page in 0..pages {
+                tlb.fill(TlbSide::Read, page << 12, (page % 3) as usize, 0, page % 2 == 0);
+            }
+            for _ in 0..2 {
+                tlb.forget_context();
+                for page in 0..pages {
+                    let there = hit(&tlb, TlbSide::Read, (page % 3) as usize, page << 12, 8).is_some();
+                    assert_eq!(there, page % 2 == 0 && all_are_listed, "page {page} of {pages}");
+                }
+            }
+            tlb.clear();
+            assert_eq!(tlb.held().count(), 0);
+        }
+    }
+
+    #[test]
+    fn a_slot_changes_between_global_and_not() {
+        let mut tlb = InlineTlb::default();
+        let (page, other) = (0x5000, 0x5000 + ((ENTRIES as u64) << 12));
+        tlb.fill(TlbSide::Write, page, 1, 0, false);
+        tlb.fill(TlbSide::Write, other, 1, 0, true);
+        tlb.forget_context();
+        assert!(hit(&tlb, TlbSide::Write, 1, other, 8).is_some(), "a global page took the slot of another");
+        tlb.fill(TlbSide::Write, page, 1, 0, false);
+        tlb.forget_context();
+        assert_eq!(tlb.held().count(), 0, "and lost it to one that is not");
+        tlb.fill(TlbSide::Write, other, 1, 0, true);
+        tlb.remove_page(other);
+        tlb.fill(TlbSide::Write, page, 1, 0, false);
+        tlb.forget_context();
+        assert_eq!(tlb.held().count(), 0);
+    }
 }

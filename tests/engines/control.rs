@@ -17,6 +17,7 @@ const SFMASK: u32 = 0xc000_0084;
 const FS_BASE: u32 = 0xc000_0100;
 const KERNEL_GS_BASE: u32 = 0xc000_0102;
 pub const CR4_PCIDE: i32 = 1 << 17;
+pub const CR4_PGE: i32 = 1 << 7;
 const CR4_SMEP: i32 = 1 << 20;
 const CR4_SMAP: i32 = 1 << 21;
 

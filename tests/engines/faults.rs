@@ -367,3 +367,102 @@ fn divisions_that_overflow_in_a_loop() {
         finish(a)
     }));
 }
+
+/// Accesses of each kind, by RBX.
+const KINDS: [Write; 14] = [
+    |a| a.mov(rax, qword_ptr(rbx)),
+    |a| a.mov(byte_ptr(rbx), 3),
+    |a| a.mov(dword_ptr(rbx), r8d),
+    |a| a.add(r9, qword_ptr(rbx)),
+    |a| a.sub(qword_ptr(rbx), r9),
+    |a| a.lock().xadd(dword_ptr(rbx), r10d),
+    |a| a.cmpxchg(word_ptr(rbx), r11w),
+    |a| a.shl(qword_ptr(rbx), cl),
+    |a| a.cmp(byte_ptr(rbx), 7),
+    |a| a.setc(byte_ptr(rbx)),
+    |a| a.bt(qword_ptr(rbx), r8),
+    |a| a.movups(xmm2, xmmword_ptr(rbx)),
+    |a| a.movups(xmmword_ptr(rbx), xmm3),
+    |a| a.movq(qword_ptr(rbx), xmm1),
+];
+
+#[test]
+fn a_refill_that_stops_is_the_fault_of_its_instruction() {
+    // The first touch of a page by each kind of access, before anything has led to it: absent, read only, nobody's, and with a
+    // stack segment's fault. The page that is there is touched between, and forgotten again.
+    check(&kernel("refill", |a| {
+        a.mov(r12, 21u64)?;
+        repeat(a, 12, |a| {
+            stir(a)?;
+            for kind in KINDS {
+                for at in [ABSENT + 0x10, READ_ONLY + 0x20, 0x8000_0000_0000_0000, DATA + 0x40] {
+                    guarded(a, |a| {
+                        a.mov(rbx, at)?;
+                        a.invlpg(byte_ptr(rbx))?;
+                        a.adc(r8, r9)?;
+                        kind(a)?;
+                        a.xor(r8, r8)
+                    })?;
+                }
+            }
+            guarded(a, |a| {
+                a.mov(rbp, 0x8000_0000_0000_0000u64)?;
+                a.mov(rax, qword_ptr(rbp + 8))
+            })
+        })?;
+        finish(a)
+    }));
+}
+
+#[test]
+fn a_refill_that_stops_for_the_user() {
+    let program = user("user refill", |a| {
+        a.mov(r12, 23u64)?;
+        repeat(a, 20, |a| {
+            stir(a)?;
+            for kind in KINDS {
+                for at in [USER_END + 0x18, DATA, ABSENT, 0x7fff_ffff_f000, 0x8000_0000_0000_0010] {
+                    guard_user(a, |a| {
+                        a.mov(rbx, at)?;
+                        a.sbb(r8, r9)?;
+                        kind(a)?;
+                        a.or(r8, r8)
+                    })?;
+                }
+            }
+            Ok(())
+        })?;
+        a.int(i32::from(crate::world::END))
+    });
+    check(&crate::program::Program { ticks: 200_000, ..program });
+}
+
+#[test]
+fn a_refill_that_stops_behind_sti() {
+    // Interrupts are held off for the instruction that faults, and come when its handler has returned, or behind it.
+    for after in [40, 41, 42, 43, 44, 45, 90, 91, 92, 93, 94, 95] {
+        let program = kernel("shadow", |a| {
+            a.mov(rbp, ABSENT)?;
+            a.mov(rsi, READ_ONLY)?;
+            a.mov(r12, 25u64)?;
+            repeat(a, 12, |a| {
+                stir(a)?;
+                for kind in
+                    [|a| a.mov(rax, qword_ptr(rbp)), |a| a.inc(dword_ptr(rsi)), |a| a.sub(qword_ptr(rbp), r8)]
+                        as [Write; 3]
+                {
+                    guarded(a, |a| {
+                        a.cli()?;
+                        a.sub(r8, r9)?;
+                        a.sti()?;
+                        kind(a)?;
+                        a.nop()
+                    })?;
+                }
+                Ok(())
+            })?;
+            finish(a)
+        });
+        check(&program.interrupt(after, 0x41).interrupt(after + 37, 0x42));
+    }
+}

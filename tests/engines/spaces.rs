@@ -1,9 +1,9 @@
 //! Two address spaces with other code and data at the same addresses, and what comes between two instructions of one:
 //! single steps and breakpoints (SDM Vol. 3 §4.10, §17.2 and §17.3).
 
-use crate::control::{CR4_PCIDE, toggle_cr4};
+use crate::control::{CR4_PCIDE, CR4_PGE, toggle_cr4};
 use crate::program::{Program, kernel, repeat};
-use crate::strides::check;
+use crate::strides::{Strides, check, check_in};
 use crate::world::{DATA, FUNCTION, ROOTS, TABLE, finish};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -138,4 +138,31 @@ fn breakpoints_on_instructions_and_on_data() {
             finish(a)
         }));
     }
+}
+
+#[test]
+fn flushes_without_end() {
+    // More of them than there are numbers for contexts: of everything, of all but global pages, of one address. Between them
+    // the data has to be found again, and what was remapped has to be seen.
+    let program = kernel("flushes", |a| {
+        a.mov(r13, DATA)?;
+        a.mov(r12, 3u64)?;
+        repeat(a, 420, |a| {
+            a.add(qword_ptr(r13), r14)?;
+            toggle_cr4(a, CR4_PGE)?;
+            a.add(qword_ptr(r13 + 0x1008), r14)?;
+            toggle_cr4(a, CR4_PGE)?;
+            a.mov(rax, cr3)?;
+            a.mov(cr3, rax)?;
+            a.mov(r12, qword_ptr(r13))?;
+            a.xor(qword_ptr(r13 + 0x2010), r12)?;
+            a.invlpg(byte_ptr(r13))?;
+            a.add(r12, qword_ptr(r13))
+        })?;
+        finish(a)
+    });
+    check_in(
+        &Program { ticks: 100_000, ..program },
+        &[Strides::First(u64::MAX), Strides::Random(4, 700), Strides::Random(5, 40)],
+    );
 }
