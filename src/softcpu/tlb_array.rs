@@ -181,8 +181,9 @@ mod tests {
     fn two_pages_of_one_slot_are_both_held() {
         let (a, b) = rivals();
         let mut array = TlbArray::new();
-        assert_eq!(array.fill(a, KEY, 1, false), None);
-        assert_eq!(array.fill(b, KEY, 2, true), None);
+        let gone = |entry: Option<TlbEntry>| entry.map(|e| (e.tag, e.addend));
+        assert_eq!(gone(array.fill(a, KEY, 1, false)), None);
+        assert_eq!(gone(array.fill(b, KEY, 2, true)), None);
         for _ in 0..3 {
             assert_eq!(array.lookup(a, KEY).or_else(|| array.find(a, KEY)), Some(1));
             assert!(!array.is_global(a, KEY));
@@ -203,14 +204,19 @@ mod tests {
         let mut array = TlbArray::new();
         array.fill(a, KEY, 1, false);
         array.fill(b, KEY, 2, false);
-        assert_eq!(array.fill(c, KEY, 3, false), Some(a | KEY));
+        let gone = |entry: Option<TlbEntry>| entry.map(|e| (e.tag, e.addend));
+        assert_eq!(gone(array.fill(c, KEY, 3, false)), Some((a | KEY, 1)));
         assert_eq!((array.find(a, KEY), array.find(b, KEY), array.find(c, KEY)), (None, Some(2), Some(3)));
         assert_eq!(
-            array.fill(c, KEY, 4, false),
-            Some(c | KEY),
+            gone(array.fill(c, KEY, 4, false)),
+            Some((c | KEY, 3)),
             "the same page with something else behind it"
         );
-        assert_eq!(array.fill(a, OTHER_CONTEXT, 5, false), None, "of a context that is not the current one");
+        assert_eq!(
+            gone(array.fill(a, OTHER_CONTEXT, 5, false)),
+            None,
+            "of a context that is not the current one"
+        );
         assert_eq!(array.find(a, OTHER_CONTEXT), Some(5));
     }
 
