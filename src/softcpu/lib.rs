@@ -28,6 +28,7 @@ pub mod native;
 pub mod op;
 #[cfg(test)]
 mod oracle;
+pub mod raised;
 pub mod segments;
 pub mod snapshot;
 pub mod stores;
@@ -37,6 +38,7 @@ pub mod tlb_array;
 pub mod tlb_inline;
 pub mod translate;
 pub mod vector;
+mod walk;
 pub mod width;
 
 pub use engine::SoftCpu;

@@ -93,7 +93,7 @@ const fn empty(slot: usize) -> InlineEntry {
     InlineEntry { tag: ((slot ^ 1) as u64) << 12, host: 0 }
 }
 
-const EMPTY: [InlineEntry; ENTRIES] = {
+static EMPTY: [InlineEntry; ENTRIES] = {
     let mut all = [empty(0); ENTRIES];
     let mut i = 0;
     while i < ENTRIES {
