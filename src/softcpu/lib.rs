@@ -38,7 +38,7 @@ pub mod tlb_array;
 pub mod tlb_inline;
 pub mod translate;
 pub mod vector;
-mod walk;
+pub mod walk;
 pub mod width;
 
 pub use engine::SoftCpu;

@@ -160,7 +160,7 @@ impl InlineTlb {
         (self.local.count, self.shared.count) = (0, 0);
     }
 
-    /// Removes the entry that corresponds to a tag of [`crate::tlb::TlbArray`].
+    /// Removes the entry that corresponds to a tag of [`crate::tlb_array::TlbArray`].
     pub fn remove(&mut self, side: TlbSide, tag: u64) {
         let mode = (tag & 3) as usize;
         if mode < MODES {
