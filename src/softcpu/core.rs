@@ -379,7 +379,8 @@ impl Core {
         } else {
             0
         };
-        let flat = [seg::DS, seg::ES, seg::SS].iter().all(|&s| self.segments[s].is_flat());
+        // 64-bit code has no use for it, and so enters and leaves the kernel under one key.
+        let flat = !self.mode64 && [seg::DS, seg::ES, seg::SS].iter().all(|&s| self.segments[s].is_flat());
         let stack_big = self.mode64 || self.segments[seg::SS].big();
         self.code_key = bitness | u64::from(stack_big) << 2 | u64::from(flat) << 3;
         self.translation_mode_changed();

@@ -122,12 +122,14 @@ fn sysexit(core: &mut Core, op: &Op) -> Flow {
     Ok(())
 }
 
-fn flat_code(selector: u16, dpl: u16, long: bool) -> Segment {
+/// The code segment that these instructions load.
+pub(crate) fn flat_code(selector: u16, dpl: u16, long: bool) -> Segment {
     let mode = if long { 1 << 13 } else { 1 << 14 };
     Segment { selector, base: 0, limit: u32::MAX, attributes: 1 << 15 | mode | 0x9b | dpl << 5 }
 }
 
-fn flat_data(selector: u16, dpl: u16) -> Segment {
+/// The stack segment that goes with it.
+pub(crate) fn flat_data(selector: u16, dpl: u16) -> Segment {
     Segment { selector, base: 0, limit: u32::MAX, attributes: 0xc093 | dpl << 5 }
 }
 

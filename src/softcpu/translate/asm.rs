@@ -103,6 +103,8 @@ pub mod cc {
     pub const A: u8 = 7;
     /// Sign.
     pub const S: u8 = 8;
+    /// Greater, of signed numbers.
+    pub const G: u8 = 15;
 }
 
 /// A place to come back to: lengths of the hot part, the cold part, labels and branches.

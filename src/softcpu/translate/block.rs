@@ -485,7 +485,7 @@ impl Emission<'_, '_> {
     }
 
     /// The handler's operand of an instruction, kept by the block.
-    fn op(&mut self, core: &mut Core, insn: &Insn) -> u64 {
+    pub fn op(&mut self, core: &mut Core, insn: &Insn) -> u64 {
         let (op, _) = handler(core, &insn.insn, self.parts.bytes);
         let op = Box::new(op);
         let address = std::ptr::from_ref::<Op>(&op) as u64;
@@ -527,6 +527,10 @@ impl Emission<'_, '_> {
             Kind::Scan => self.to.scan(insn)?,
             Kind::BitString => self.to.bit_string(insn)?,
             Kind::SwapGs => self.to.swap_gs(),
+            Kind::TimeStamp => self.to.time_stamp(core)?,
+            Kind::SystemCall => self.system_call(core, insn),
+            Kind::SystemReturn => self.system_return(core, insn),
+            Kind::InterruptReturn => self.interrupt_return(core, insn)?,
             Kind::Jump => self.go(insn.insn.near_branch_target() as i64),
             Kind::Branch => self.branch(insn)?,
             Kind::Call => self.call(insn)?,

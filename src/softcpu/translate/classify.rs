@@ -54,6 +54,14 @@ pub enum Kind {
     BitString,
     /// SWAPGS at CPL 0.
     SwapGs,
+    /// RDTSC.
+    TimeStamp,
+    /// SYSCALL at CPL 3.
+    SystemCall,
+    /// SYSRET to 64-bit code at CPL 0.
+    SystemReturn,
+    /// IRET of 64 bits at CPL 0.
+    InterruptReturn,
     /// Near JMP to a relative target.
     Jump,
     /// Jcc.
@@ -85,6 +93,9 @@ impl Kind {
                 | Self::JumpIndirect
                 | Self::Return
                 | Self::SetAc(_)
+                | Self::SystemCall
+                | Self::SystemReturn
+                | Self::InterruptReturn
                 | Self::NeedsVectors
                 | Self::Exit
         )
@@ -108,9 +119,14 @@ impl Kind {
                 FlagUse { reads: 0, writes, may_write: writes }
             }
             Self::Same | Self::Accumulator | Self::Branch => flag_use(insn),
-            Self::PushFlags | Self::Callout | Self::Exit | Self::NeedsVectors => {
-                FlagUse { reads: flag::ALL, writes: 0, may_write: 0 }
-            }
+            Self::PushFlags
+            | Self::TimeStamp
+            | Self::SystemCall
+            | Self::SystemReturn
+            | Self::InterruptReturn
+            | Self::Callout
+            | Self::Exit
+            | Self::NeedsVectors => FlagUse { reads: flag::ALL, writes: 0, may_write: 0 },
             _ => FlagUse::default(),
         }
     }
@@ -215,7 +231,7 @@ pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfo
     }
     let mnemonic = insn.mnemonic();
     if insn.flow_control() != FlowControl::Next {
-        return flow(insn);
+        return flow(insn, setting);
     }
     if insn.is_string_instruction() {
         return None;
@@ -281,13 +297,14 @@ pub fn classify(insn: &Instruction, setting: Setting, info: &mut InstructionInfo
         M::Stac | M::Clac if !setting.user => Kind::SetAc(mnemonic == M::Stac),
         M::Std | M::Cld => Kind::SetDirection(mnemonic == M::Std),
         M::Swapgs if !setting.user => Kind::SwapGs,
+        M::Rdtsc => Kind::TimeStamp,
         // CMOVcc and SETcc; branches were seen to above.
         _ if condition_code(insn).is_some() => Kind::Same,
         _ => return vector(insn, setting, info),
     })
 }
 
-fn flow(insn: &Instruction) -> Option<Kind> {
+fn flow(insn: &Instruction, setting: Setting) -> Option<Kind> {
     use Mnemonic as M;
     let near = insn.op0_kind() == OpKind::NearBranch64;
     Some(match insn.mnemonic() {
@@ -296,6 +313,9 @@ fn flow(insn: &Instruction) -> Option<Kind> {
         M::Jmp if insn.is_jmp_near_indirect() && wide_indirect(insn) => Kind::JumpIndirect,
         M::Call if insn.is_call_near_indirect() && wide_indirect(insn) => Kind::CallIndirect,
         M::Ret if matches!(insn.code(), Code::Retnq | Code::Retnq_imm16) => Kind::Return,
+        M::Syscall if setting.user => Kind::SystemCall,
+        M::Sysretq if !setting.user => Kind::SystemReturn,
+        M::Iretq if !setting.user => Kind::InterruptReturn,
         M::Loop | M::Loope | M::Loopne | M::Jrcxz | M::Jecxz => return None,
         _ if near && insn.is_jcc_short_or_near() => Kind::Branch,
         _ => return None,

@@ -7,7 +7,7 @@
 //!
 //! Manual: Intel SDM Vol. 2 "JMP", "Jcc", "CALL", "RET"; Vol. 1 §3.3.7.1 (canonical addresses).
 
-use super::asm::{Label, Mem, Target, cc, host};
+use super::asm::{Asm, Label, Mem, Target, cc, host};
 use super::block::{Decoded, Emission, Exit, ExitForm, Insn};
 use super::check::{Address, Wants};
 use super::classify::Kind;
@@ -145,7 +145,8 @@ impl Emission<'_, '_> {
     pub fn set_interrupts(&mut self, core: &mut crate::core::Core, insn: &Insn, decoded: &Decoded) {
         let next = decoded.insns.get(self.to.index as usize + 1);
         let simple = next.is_some_and(|n| {
-            !matches!(n.kind, Kind::Callout | Kind::SetInterrupts | Kind::SetAc(_)) && !n.kind.is_outside()
+            let other_mode = matches!(n.kind, Kind::SetAc(_) | Kind::SystemReturn | Kind::InterruptReturn);
+            !other_mode && !matches!(n.kind, Kind::Callout | Kind::SetInterrupts) && !n.kind.is_outside()
         });
         if self.parts.tight || !simple {
             return self.leave_for_handler(core, insn);
@@ -269,11 +270,16 @@ impl Emission<'_, '_> {
     fn jump(&mut self, insn: &Insn, moved: u32) {
         let asm = &mut *self.to.asm;
         asm.store_imm32(field(hot!(site)), insn.offset | moved << 12);
-        // The cache's index: see `Blocks::target_slot`.
-        asm.op_reg(4, &[0x8b], R10, RAX);
-        asm.shift(4, 5, R10, 12);
-        asm.op_reg(4, &[0x33], R10, RAX);
-        asm.op_reg(4, &[0x0f, 0xb7], R10, R10);
-        asm.jmp_mem(Mem::element(R10, 3, self.parts.targets));
+        through_cache(asm, self.parts.targets);
     }
+}
+
+/// Goes to the address in RAX through the indirect-branch cache at this distance.
+pub fn through_cache(asm: &mut Asm, targets: i32) {
+    // The cache's index: see `Blocks::target_slot`.
+    asm.op_reg(4, &[0x8b], R10, RAX);
+    asm.shift(4, 5, R10, 12);
+    asm.op_reg(4, &[0x33], R10, RAX);
+    asm.op_reg(4, &[0x0f, 0xb7], R10, R10);
+    asm.jmp_mem(Mem::element(R10, 3, targets));
 }

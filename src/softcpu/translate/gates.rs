@@ -5,13 +5,16 @@
 //! settle leaves through [`Gates::interpret`], and the interpreter executes the instruction from its start.
 //!
 //! There are two sets: one for code that has the vector registers in the host's, one for code that does not, whose gates
-//! need not save them. Flags travel in [`super::Hot::flags`] through every gate.
+//! need not save them, unless a system call has left them there ([`super::system_calls`]). Flags travel in
+//! [`super::Hot::flags`] through every gate.
 //!
 //! Manual: System V ABI (AMD64) §3.2: who saves which register; the 128 bytes below RSP that signals spare hold the return
 //! address of a gate.
 
 use super::asm::{Asm, Mem, Target, host};
+use super::interrupt_return::interrupt_return_gate;
 use super::layout::{HOMES, field, hot, slot};
+use super::system_calls::{system_call_gate, system_return_gate};
 use crate::core::Core;
 use crate::native::layout as fpu;
 use crate::op::REG_IP;
@@ -71,6 +74,12 @@ pub struct Gates {
     pub vectors: usize,
     /// Called: RAX is the handler's operand. Returns when the block goes on.
     pub callout: usize,
+    /// See [`super::system_calls`].
+    pub system_call: usize,
+    /// See [`super::system_calls`].
+    pub system_return: usize,
+    /// See [`super::interrupt_return`].
+    pub interrupt_return: usize,
     /// Called: RAX is the linear address, R10 what is wanted of it. Returns behind a five-byte jump when that cannot be had.
     pub refill: usize,
 }
@@ -93,11 +102,9 @@ fn load_registers(asm: &mut Asm, bias: i32) {
     }
 }
 
-/// How much of the vector registers a set of gates saves.
+/// How much of the vector registers the guest has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vectors {
-    /// Nothing: they hold nothing of the guest's.
-    None,
     /// XMM0 to XMM15.
     Xmm,
     /// YMM0 to YMM15.
@@ -131,7 +138,6 @@ fn wide_move(asm: &mut Asm, store: bool, register: u8) {
 fn move_vectors(asm: &mut Asm, store: bool, vectors: Vectors) {
     for register in 0..16 {
         match vectors {
-            Vectors::None => {}
             Vectors::Xmm => vector_move(asm, store, register),
             Vectors::Ymm => wide_move(asm, store, register),
         }
@@ -152,12 +158,28 @@ fn store_vectors(asm: &mut Asm, vectors: Vectors, bias: i32, control: bool) {
     }
 }
 
-fn load_vectors(asm: &mut Asm, vectors: Vectors, bias: i32, control: bool) {
+/// Loads them; changes RAX.
+pub fn load_vectors(asm: &mut Asm, vectors: Vectors, bias: i32, control: bool) {
     asm.load(host::RAX, Mem::frame(hot!(fpu) + bias));
     move_vectors(asm, false, vectors);
     if control {
         asm.op_mem(4, &[0x0f, 0xae], 2, Mem::at(host::RAX, (fpu::IMAGE + fpu::MXCSR) as i32));
     }
+}
+
+/// Before compiled code is called from code without vector registers: saves them if they are live. Changes RAX.
+fn store_live(asm: &mut Asm, vectors: Vectors, bias: i32) {
+    let (save, saved) = (asm.label(), asm.label());
+    let live = Mem::frame(hot!(live) + bias);
+    asm.alu_mem_imm(4, 7, live, 0);
+    asm.jcc(super::asm::cc::NE, Target::Here(save));
+    asm.bind(saved);
+    asm.cold(true);
+    asm.bind(save);
+    store_vectors(asm, vectors, bias, true);
+    asm.store_imm32(live, 0);
+    asm.jmp(Target::Here(saved));
+    asm.cold(false);
 }
 
 /// Back to the dispatcher: RAX is the reason, RSP the frame.
@@ -184,8 +206,18 @@ fn pop(asm: &mut Asm, register: u8) {
     asm.bytes(&[0x58 | register & 7]);
 }
 
-/// Writes one set of gates at the place `origin` of the arena.
-pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors) -> Option<(Gates, Vec<u8>)> {
+/// Writes one set of gates at the place `origin` of the arena: for code that has the vector registers, or has not.
+pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors, has_them: bool) -> Option<(Gates, Vec<u8>)> {
+    // What is done with them before compiled code runs and after.
+    let store = |asm: &mut Asm, bias: i32, control: bool| match has_them {
+        true => store_vectors(asm, vectors, bias, control),
+        false => store_live(asm, vectors, bias),
+    };
+    let load = |asm: &mut Asm, bias: i32, control: bool| {
+        if has_them {
+            load_vectors(asm, vectors, bias, control);
+        }
+    };
     asm.reset();
     let enter = asm.here();
     CALLEE_SAVED.into_iter().for_each(|register| push(asm, register));
@@ -193,9 +225,7 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors) -> Option<(Gates, V
     asm.store(Mem::at(host::RDI, hot!(host_rsp)), host::RSP);
     asm.copy(host::RSP, host::RDI);
     asm.store(field(hot!(gate_temporary)), host::RSI);
-    if vectors != Vectors::None {
-        load_vectors(asm, vectors, 0, true);
-    }
+    load(asm, 0, true);
     load_registers(asm, 0);
     asm.load(host::R10, field(hot!(enter_page)));
     asm.jmp_mem(field(hot!(gate_temporary)));
@@ -203,11 +233,9 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors) -> Option<(Gates, V
     // The common way out: the reason is in EAX.
     let out = asm.here();
     store_registers(asm, 0);
-    if vectors != Vectors::None {
-        asm.store(field(hot!(gate_temporary)), host::RAX);
-        store_vectors(asm, vectors, 0, true);
-        asm.load(host::RAX, field(hot!(gate_temporary)));
-    }
+    asm.store(field(hot!(gate_temporary)), host::RAX);
+    store(asm, 0, true);
+    asm.load(host::RAX, field(hot!(gate_temporary)));
     let back = asm.here();
     return_to_host(asm);
 
@@ -229,13 +257,17 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors) -> Option<(Gates, V
     let op = leave(asm, Reason::Op, &|a| a.store(field(hot!(op)), host::RAX));
     let needs_vectors = leave(asm, Reason::Vectors, &|_| {});
 
+    let system_call = system_call_gate(asm, has_them, op);
+    let loading = (!has_them).then_some(vectors);
+    let system_return = system_return_gate(asm, loading, op);
+    let refill = asm.label();
+    let interrupt_return = interrupt_return_gate(asm, loading, refill, op);
+
     // A handler: `callout(frame, op)` gives 0 to go on.
     let callout = asm.here();
     store_registers(asm, CALLED);
     asm.copy(host::RSI, host::RAX);
-    if vectors != Vectors::None {
-        store_vectors(asm, vectors, CALLED, true);
-    }
+    store(asm, CALLED, true);
     asm.lea(host::RDI, Mem::frame(CALLED));
     asm.copy(host::RBX, host::RSP);
     asm.load(host::RSP, Mem::at(host::RDI, hot!(host_rsp)));
@@ -244,9 +276,7 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors) -> Option<(Gates, V
     let stopped = asm.label();
     asm.op_reg(4, &[0x85], host::RAX, host::RAX);
     asm.jcc(super::asm::cc::NE, Target::Here(stopped));
-    if vectors != Vectors::None {
-        load_vectors(asm, vectors, CALLED, true);
-    }
+    load(asm, CALLED, true);
     load_registers(asm, CALLED);
     asm.bytes(&[0xc3]);
     asm.bind(stopped);
@@ -256,15 +286,13 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors) -> Option<(Gates, V
 
     // A TLB refill: `refill(frame, address, wanted)` gives 0 when the interpreter must look at it. Compiled code keeps the
     // callee-saved registers, and does no floating-point arithmetic on this path, so MXCSR stays.
-    let refill = asm.here();
+    asm.bind(refill);
     let volatile = || HOMES.into_iter().filter(|(_, host)| VOLATILE.contains(host));
     for (guest, host) in volatile() {
         asm.store(Mem::frame(slot(guest) + CALLED), host);
     }
     asm.copy(host::RSI, host::RAX);
-    if vectors != Vectors::None {
-        store_vectors(asm, vectors, CALLED, false);
-    }
+    store(asm, CALLED, false);
     asm.copy(host::RDX, host::R10);
     asm.lea(host::RDI, Mem::frame(CALLED));
     asm.store(Mem::frame(hot!(gate_temporary) + CALLED), host::RBX);
@@ -274,9 +302,7 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors) -> Option<(Gates, V
     asm.copy(host::RSP, host::RBX);
     asm.load(host::RBX, Mem::frame(hot!(gate_temporary) + CALLED));
     asm.copy(host::R10, host::RAX);
-    if vectors != Vectors::None {
-        load_vectors(asm, vectors, CALLED, false);
-    }
+    load(asm, CALLED, false);
     for (guest, host) in volatile() {
         asm.load(host, Mem::frame(slot(guest) + CALLED));
     }
@@ -299,6 +325,9 @@ pub fn build(asm: &mut Asm, origin: usize, vectors: Vectors) -> Option<(Gates, V
         op: at(op)?,
         vectors: at(needs_vectors)?,
         callout: at(callout)?,
+        system_call: at(system_call)?,
+        system_return: at(system_return)?,
+        interrupt_return: at(interrupt_return)?,
         refill: at(refill)?,
     };
     Some((gates, code))

@@ -43,8 +43,8 @@ pub struct Hot {
     pub op: u64,
     /// The MXCSR that compiled code runs under.
     pub host_mxcsr: u32,
-    /// Keeps the size a multiple of 8.
-    pub reserved: u32,
+    /// The kernel uses vector registers; forgotten when user mode is entered.
+    pub kernel_vectors: u32,
     /// See [`super::gates`].
     pub callout: u64,
     /// See [`super::gates`].
@@ -65,6 +65,12 @@ pub struct Hot {
     pub parked: [u64; 3],
     /// Why the access could not be made at which the code was left, if that is the instruction's own stop: likewise.
     pub refused: u64,
+    /// What was left of the budget when IRET set RF: while so much is left, no instruction has been executed since, and RF is
+    /// set although the flags do not say so. [`super::run`] puts it there when the code is left.
+    pub resumed_at: i64,
+    /// The vector registers and MXCSR of the host are the guest's although code runs that does not have them: the way back to
+    /// user mode finds them there, and whoever calls compiled code saves them first.
+    pub live: u64,
 }
 
 /// A field of [`Hot`].
@@ -89,6 +95,9 @@ pub const ATTENTION: i32 = offset_of!(Core, attention) as i32;
 
 /// The key of the TLB's context and mode.
 pub const TLB_KEY: i32 = (offset_of!(Core, tlb) + offset_of!(Tlb, key)) as i32;
+
+/// The same for fetches.
+pub const FETCH_KEY: i32 = (offset_of!(Core, tlb) + offset_of!(Tlb, fetch_key)) as i32;
 
 /// The selector in a segment register.
 pub const fn selector(index: usize) -> i32 {

@@ -9,7 +9,8 @@
 //! [`crate::memory`]'s walk → [`crate::tlb_inline`]; what cannot be filled → the interpreter → a fault, an exit, a device.
 //!
 //! Read in this order: [`layout`], [`mode`], [`classify`], [`block`], [`stretch`], [`homes`], [`emit`], [`flag_state`], [`check`], [`guard`],
-//! [`substitute`], [`flow`], [`stack`], [`gates`], [`blocks`], [`run`].
+//! [`substitute`], [`flow`], [`stack`], [`system_calls`], [`interrupt_return`],
+//! [`gates`], [`blocks`], [`run`].
 //!
 //! Guests are hostile: translated code reaches guest memory only through the check, whose entries were filled for whole
 //! pages of guest frames; everything else that it touches is at constant distances from RSP. A guest chooses which of the
@@ -33,6 +34,7 @@ pub mod gates;
 pub mod guard;
 pub mod homes;
 pub mod host_flags;
+pub mod interrupt_return;
 pub mod layout;
 pub mod mode;
 #[cfg(test)]
@@ -43,6 +45,7 @@ pub mod run;
 pub mod stack;
 pub mod stretch;
 pub mod substitute;
+pub mod system_calls;
 
 pub use frame::FrameBox;
 pub use layout::Hot;

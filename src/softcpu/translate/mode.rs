@@ -17,6 +17,11 @@ const VECTORS: u8 = 4;
 const PLAIN: u8 = 8;
 
 impl Mode {
+    /// Where SYSCALL arrives: CPL 0, EFLAGS.AC clear, vector registers left alone.
+    pub const KERNEL: Self = Self(0);
+    /// Where SYSRET and IRET arrive.
+    pub const USER_VECTORS: Self = Self(USER | VECTORS);
+
     /// The current mode, if translated code can run in it: 64-bit mode at CPL 0 or 3, no look at single accesses wanted.
     #[inline]
     pub fn of(core: &Core, vectors: bool) -> Option<Self> {
@@ -52,6 +57,11 @@ impl Mode {
     /// The same with EFLAGS.AC set or clear, at CPL 0.
     pub fn with_ac(self, ac: bool) -> Self {
         Self(if ac { self.0 | AC } else { self.0 & !AC })
+    }
+
+    /// EFLAGS.AC is set, at CPL 0.
+    pub fn ac(self) -> bool {
+        self.0 & AC != 0
     }
 
     /// CPL 3.

@@ -14,7 +14,7 @@ use super::asm::Asm;
 use super::block::{self, Emission, Parts};
 use super::blocks::{Block, Blocks, Link, key};
 use super::check::{SOLE_ACCESS, STRETCHES, Wants};
-use super::classify::{HostFlags, Setting};
+use super::classify::{HostFlags, Kind, Setting};
 use super::emit::Emitter;
 use super::flag_state::FlagState;
 use super::frame::{self, FrameBox};
@@ -73,8 +73,6 @@ pub struct Translator {
     seen: (u64, u64),
     /// Where a shared check failed, until the plain translation has been entered: whatever is looked at meanwhile.
     plain_at: Option<u64>,
-    /// The kernel uses vector registers.
-    kernel_vectors: bool,
     /// The guest may use AVX, as translated code takes for granted.
     avx: bool,
     /// Every flag is kept everywhere, so that there is no reserve: for tests that look at every tick.
@@ -99,8 +97,8 @@ impl Translator {
         let mut sets = [Gates::default(); 2];
         let avx = model.has(&Instruction::with(Code::VEX_Vzeroupper));
         let vectors = if avx { Vectors::Ymm } else { Vectors::Xmm };
-        for (set, vectors) in sets.iter_mut().zip([Vectors::None, vectors]) {
-            let (gates, code) = gates::build(&mut asm, arena.used(), vectors)
+        for (set, has_them) in sets.iter_mut().zip([false, true]) {
+            let (gates, code) = gates::build(&mut asm, arena.used(), vectors, has_them)
                 .ok_or_else(|| io::Error::other("a gate of the translator has an open end"))?;
             arena.room(code.len()).ok_or_else(|| io::Error::other("no room for the translator's gates"))?;
             arena.place(&code);
@@ -117,7 +115,6 @@ impl Translator {
             jumps: Box::new([NO_JUMP; JUMPS]),
             seen: (0, 0),
             plain_at: None,
-            kernel_vectors: false,
             avx: false,
             tight: false,
         })
@@ -177,13 +174,11 @@ impl Translator {
         core.paging.cr4 & OSXSAVE != 0 && core.xcr0 & COMPONENTS == COMPONENTS
     }
 
-    fn mode(&mut self, core: &Core) -> Option<Mode> {
-        let vectors = if core.cpl == 3 {
-            self.kernel_vectors = false;
-            Self::vectors_usable(core)
-        } else {
-            self.kernel_vectors && Self::vectors_usable(core)
-        };
+    fn mode(core: &mut Core) -> Option<Mode> {
+        if core.cpl == 3 {
+            core.hot.kernel_vectors = 0;
+        }
+        let vectors = (core.cpl == 3 || core.hot.kernel_vectors != 0) && Self::vectors_usable(core);
         Mode::of(core, vectors)
     }
 
@@ -192,7 +187,7 @@ impl Translator {
         // An exit that waits to be linked to the block that is found next.
         let mut from = None;
         loop {
-            let Some(mode) = self.mode(core) else { return Ok(Next::Interpret(usize::MAX)) };
+            let Some(mode) = Self::mode(core) else { return Ok(Next::Interpret(usize::MAX)) };
             let mode = mode.with_plain(self.plain_at.take() == Some(core.regs[usize::from(REG_IP)]));
             if Self::avx_usable(core) != self.avx {
                 // A rare event: what was translated took the opposite for granted.
@@ -239,7 +234,7 @@ impl Translator {
                         if !failed || self.check_failed(core, block, exit) {
                             from = Some((self.blocks.epoch, block, exit));
                         }
-                    } else if let Some(mode) = self.mode(core) {
+                    } else if let Some(mode) = Self::mode(core) {
                         // Perhaps an indirect branch to another target of the same entry.
                         self.check_mappings(core);
                         self.know_target(core, mode, target)?;
@@ -250,7 +245,8 @@ impl Translator {
                     if !Gva(target).is_canonical(core.paging.linear_bits()) {
                         return Ok(before_indirect_branch(core));
                     }
-                    if let Some(mode) = self.mode(core) {
+                    // Not always the mode that was entered: code goes from one to another.
+                    if let Some(mode) = Self::mode(core) {
                         self.know_target(core, mode, target)?;
                     }
                 }
@@ -272,10 +268,10 @@ impl Translator {
                     if core.ticks >= core.deadline {
                         return Ok(Next::Look);
                     }
-                    if mode.user() || !Self::vectors_usable(core) {
+                    if core.cpl == 3 || !Self::vectors_usable(core) {
                         return Ok(Next::Interpret(1));
                     }
-                    self.kernel_vectors = true;
+                    core.hot.kernel_vectors = 1;
                 }
                 Reason::Stopped => {
                     if let Some(stop) = stop_from(core.hot.stopped) {
@@ -284,7 +280,8 @@ impl Translator {
                 }
                 Reason::Op => {
                     core.regs[usize::from(REG_IP)] = left_at;
-                    if core.ticks >= core.deadline {
+                    // With RF set the interpreter executes it, and clears RF behind it.
+                    if core.ticks >= core.deadline || core.attention.contains(Attention::DEBUG) {
                         return Ok(Next::Look);
                     }
                     self.last_op(core)?;
@@ -318,6 +315,7 @@ impl Translator {
         (hot.budget, hot.flags, hot.enter_page, hot.fpu) = (budget, flags, page, fpu);
         (hot.undone, hot.withheld, hot.exit_in_shadow, hot.entered_with) = (0, 0, 0, budget);
         hot.refused = 0;
+        hot.resumed_at = i64::MIN;
         let pointer = core.pointer();
         // SAFETY: the gate and the block are of the set of this mode, the frame was prepared above, and `find` has set the
         // page's word. Translated code touches the frame, guest memory through checked addresses, and nothing else; while
@@ -326,8 +324,14 @@ impl Translator {
         let hot = &core.hot;
         let left = hot.budget + hot.withheld + i64::from(hot.undone);
         let flags = from_saved(hot.flags);
+        let resumed = hot.resumed_at == left;
         core.ticks += (budget - left) as u64;
         core.flags.set_arithmetic(flags);
+        if resumed {
+            core.flags.insert(bit::RF);
+            core.native.fresh_resume = false;
+            core.translation_mode_changed();
+        }
         // The gates give no other number.
         Reason::from_number(reason).unwrap_or(Reason::Interpret)
     }
@@ -426,6 +430,14 @@ impl Translator {
         let setting = Setting { user: mode.user(), vectors: mode.vectors(), avx: self.avx, host: self.host };
         let offset = hpa.page_offset() as u32;
         let mut decoded = block::decode(core, &mut self.info, &bytes, offset, setting, mode.plain());
+        // What jumps through another mode's indirect-branch cache finds it in order.
+        match decoded.insns.last().map(|i| i.kind) {
+            Some(Kind::SystemCall) => self.blocks.prepare_mode(core, Mode::KERNEL),
+            Some(Kind::SystemReturn | Kind::InterruptReturn) => {
+                self.blocks.prepare_mode(core, Mode::USER_VECTORS)
+            }
+            _ => {}
+        }
         let page = self.blocks.page(core, frame, mode.user());
         if decoded.insns.is_empty() {
             return self.blocks.insert(core, untranslated(hpa, mode, page));

@@ -1,8 +1,8 @@
 //! Stack instructions, division, and instructions on state that is in the frame.
 //!
-//! Manual: Intel SDM Vol. 2 "PUSH", "POP", "LEAVE", "PUSHF", "DIV", "IDIV", "CLI", "SWAPGS".
+//! Manual: Intel SDM Vol. 2 "PUSH", "POP", "LEAVE", "PUSHF", "DIV", "IDIV", "CLI", "SWAPGS", "RDTSC".
 
-use super::asm::{Mem, cc, host};
+use super::asm::{Asm, Mem, cc, host};
 use super::block::Insn;
 use super::check::{Address, Wants};
 use super::classify::flag;
@@ -12,6 +12,7 @@ use super::layout::{Home, field, home, hot, segment_base, selector};
 use crate::core::{Core, Msrs};
 use crate::flags::bit;
 use iced_x86::{Instruction, OpKind};
+use mmu::{Intercepts, PagingState};
 use std::mem::offset_of;
 use vcpu::Segment;
 use vcpu::state::seg;
@@ -19,6 +20,7 @@ use vcpu::state::seg;
 const RAX: u8 = host::RAX;
 const R10: u8 = host::R10;
 const R11: u8 = host::R11;
+const CR4_TSD: u32 = 1 << 2;
 
 impl Emitter<'_> {
     /// Checks the slot below the top of the stack; its host address is in RAX.
@@ -91,19 +93,24 @@ impl Emitter<'_> {
     /// PUSHFQ. RF and VM are clear wherever translated code runs.
     pub fn push_flags(&mut self) -> Result<(), TooMany> {
         self.keep_flags();
-        let flags = hot!(flags);
-        self.asm.op_mem(4, &[0x0f, 0xb6], RAX, Mem::frame(flags + 1));
-        self.asm.alu_imm(4, 4, RAX, (bit::ARITHMETIC & !bit::OF) as i32);
-        self.asm.op_mem(4, &[0x0f, 0xb6], R10, Mem::frame(flags));
-        self.asm.shift(4, 4, R10, 11);
-        self.asm.op_reg(4, &[0x0b], RAX, R10);
-        self.asm.op_mem(8, &[0x0b], RAX, Self::system_flags());
+        Self::all_flags(self.asm);
         self.asm.store(field(hot!(temporary)), RAX);
         self.check_push()?;
         self.asm.load(R10, field(hot!(temporary)));
         self.asm.store(Mem::at(RAX, 0), R10);
         self.pushed();
         Ok(())
+    }
+
+    /// RFLAGS into RAX; the arithmetic flags are the saved ones. Changes R10.
+    pub fn all_flags(asm: &mut Asm) {
+        let flags = hot!(flags);
+        asm.op_mem(4, &[0x0f, 0xb6], RAX, Mem::frame(flags + 1));
+        asm.alu_imm(4, 4, RAX, (bit::ARITHMETIC & !bit::OF) as i32);
+        asm.op_mem(4, &[0x0f, 0xb6], R10, Mem::frame(flags));
+        asm.shift(4, 4, R10, 11);
+        asm.op_reg(4, &[0x0b], RAX, R10);
+        asm.op_mem(8, &[0x0b], RAX, Self::system_flags());
     }
 
     /// CLI at CPL 0.
@@ -205,6 +212,43 @@ impl Emitter<'_> {
         self.asm.store(Mem::frame(msr as i32), RAX);
         self.asm.store(Mem::frame(base as i32), R10);
         self.asm.store(Mem::frame(segment_base(seg::GS)), R10);
+    }
+
+    /// RDTSC: ticks and the guest's offset, while nobody outside counts the time. The handler's where the model's counter
+    /// does not count ticks.
+    pub fn time_stamp(&mut self, core: &Core) -> Result<(), TooMany> {
+        if core.model.ticks_to_tsc(1 << 40) != 1 << 40 {
+            return Err(TooMany);
+        }
+        self.release_flags();
+        let slow = self.slow();
+        let executed = self.total.saturating_sub(self.index) as i32;
+        let asm = &mut *self.asm;
+        let tests = [
+            (offset_of!(Core, intercepts), Intercepts::TSC.bits(), true),
+            (offset_of!(Core, paging) + offset_of!(PagingState, cr4), CR4_TSD, self.mode.user()),
+        ];
+        for (at, bits, _) in tests.into_iter().filter(|&(_, _, asked)| asked) {
+            asm.op_mem(4, &[0xf7], 0, Mem::frame(at as i32));
+            asm.bytes(&bits.to_le_bytes());
+            asm.jcc(cc::NE, slow);
+        }
+        // As a handler that is called reckons: what was left at the entry, less what is left.
+        asm.load(RAX, Mem::frame(offset_of!(Core, ticks) as i32));
+        asm.op_mem(8, &[0x03], RAX, field(hot!(entered_with)));
+        asm.op_mem(8, &[0x2b], RAX, field(hot!(budget)));
+        asm.op_mem(8, &[0x2b], RAX, field(hot!(withheld)));
+        asm.op_mem(
+            8,
+            &[0x03],
+            RAX,
+            Mem::frame((offset_of!(Core, msrs) + offset_of!(Msrs, tsc_offset)) as i32),
+        );
+        asm.alu_imm(8, 5, RAX, executed);
+        asm.op_reg(4, &[0x8b], host::R9, RAX);
+        asm.shift(8, 5, RAX, 32);
+        asm.copy(host::RDX, RAX);
+        Ok(())
     }
 
     /// DIV and IDIV of 32 and 64 bits. What could raise #DE, and signed division that is not of a sign-extended dividend by
