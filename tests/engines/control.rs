@@ -10,19 +10,19 @@ use crate::world::{
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-const EFER: u32 = 0xc000_0080;
-const STAR: u32 = 0xc000_0081;
-const LSTAR: u32 = 0xc000_0082;
-const SFMASK: u32 = 0xc000_0084;
+pub const EFER: u32 = 0xc000_0080;
+pub const STAR: u32 = 0xc000_0081;
+pub const LSTAR: u32 = 0xc000_0082;
+pub const SFMASK: u32 = 0xc000_0084;
 const FS_BASE: u32 = 0xc000_0100;
 const KERNEL_GS_BASE: u32 = 0xc000_0102;
 pub const CR4_PCIDE: i32 = 1 << 17;
 pub const CR4_PGE: i32 = 1 << 7;
-const CR4_SMEP: i32 = 1 << 20;
-const CR4_SMAP: i32 = 1 << 21;
+pub const CR4_SMEP: i32 = 1 << 20;
+pub const CR4_SMAP: i32 = 1 << 21;
 
 /// WRMSR of a constant.
-fn wrmsr(a: &mut CodeAssembler, index: u32, value: u64) -> Result<(), IcedError> {
+pub fn wrmsr(a: &mut CodeAssembler, index: u32, value: u64) -> Result<(), IcedError> {
     a.mov(ecx, index)?;
     a.mov(eax, value as u32)?;
     a.mov(edx, (value >> 32) as u32)?;

@@ -7,6 +7,8 @@
 //!
 //! `ANTUMBRA_ENGINES_CASES` is how many random programs are run, `ANTUMBRA_ENGINES_SEED` the first seed.
 
+mod call_flags;
+mod call_vectors;
 #[path = "../random_code/choose.rs"]
 mod choose;
 mod code_changes;
@@ -21,5 +23,7 @@ mod seated;
 mod spaces;
 mod stretches;
 mod strides;
+mod system_calls;
+mod user_returns;
 mod vectors;
 mod world;

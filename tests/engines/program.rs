@@ -35,6 +35,8 @@ pub struct Program {
     pub deeds: Vec<(u64, Deed)>,
     /// So many ticks are enough.
     pub ticks: u64,
+    /// What else is different at the beginning.
+    pub seat: fn(&mut ArchState),
     /// The translating engine is to lose a flag in long runs, for the test of these tests.
     pub planted: bool,
 }
@@ -66,6 +68,7 @@ impl Program {
             interrupts: Vec::new(),
             deeds: Vec::new(),
             ticks: 60_000,
+            seat: |_| (),
             planted: false,
         }
     }
@@ -98,7 +101,7 @@ impl Program {
         };
         let mut segments = [data; 6];
         segments[seg::CS] = code;
-        ArchState {
+        let mut first = ArchState {
             gprs: self.gprs,
             rip: self.start,
             rflags: self.rflags | 2,
@@ -115,7 +118,9 @@ impl Program {
             // SCE, LME, LMA, NXE.
             efer: 0xd01,
             ..reset
-        }
+        };
+        (self.seat)(&mut first);
+        first
     }
 }
 

@@ -1,6 +1,9 @@
 //! A software CPU that begins in a state of the test's and gets interrupts at instructions of the test's choice.
 
 use softcpu::SoftCpu;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use vcpu::{Answer, ArchState, Entry, Exit, Vcpu, VcpuError};
 
 pub struct Seated {
@@ -10,14 +13,31 @@ pub struct Seated {
     interrupts: Vec<(u64, u8)>,
     /// No instruction is half done.
     between: bool,
+    /// A hash of the registers at every exit so far.
+    seen: Arc<AtomicU64>,
     /// AF is lost where more than twenty instructions run in one go.
     planted: bool,
 }
 
 impl Seated {
-    pub fn new(cpu: SoftCpu, first: ArchState, mut interrupts: Vec<(u64, u8)>, planted: bool) -> Self {
+    pub fn new(
+        cpu: SoftCpu,
+        first: ArchState,
+        mut interrupts: Vec<(u64, u8)>,
+        seen: Arc<AtomicU64>,
+        planted: bool,
+    ) -> Self {
         interrupts.sort_by_key(|&(after, _)| std::cmp::Reverse(after));
-        Self { cpu, first: Some(first), interrupts, between: true, planted }
+        Self { cpu, first: Some(first), interrupts, between: true, seen, planted }
+    }
+
+    /// Notes how the CPU stands at an exit.
+    fn note(&self) {
+        let state = self.cpu.state();
+        let mut hasher = DefaultHasher::new();
+        let registers = (state.gprs, state.rip, state.rflags, state.segments, state.cr2);
+        (self.seen.load(Ordering::Relaxed), registers, state.nmi_blocked, state.ticks).hash(&mut hasher);
+        self.seen.store(hasher.finish(), Ordering::Relaxed);
     }
 
     /// Queues what is due; gives the deadline at which something is due next.
@@ -55,7 +75,10 @@ impl Vcpu for Seated {
             match exit {
                 Exit::Deadline if self.cpu.ticks() < deadline => entry = Entry::Answer(Answer::Done),
                 Exit::InterruptWindow => entry = Entry::Answer(Answer::Done),
-                exit => return Ok(exit),
+                exit => {
+                    self.note();
+                    return Ok(exit);
+                }
             }
         }
     }

@@ -10,6 +10,8 @@ use guestmem::{Gfn, Gpa, PAGE_SIZE};
 use mmu::Counter;
 use softcpu::{CpuModel, EngineKind, SoftCpu};
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use vcpu::ArchState;
 
 /// The least memory there is.
@@ -44,9 +46,11 @@ struct Course {
     end: Option<End>,
     memory: Vec<u8>,
     exits: Vec<(Counter, u64)>,
+    /// A hash of the registers at every exit.
+    seen: u64,
 }
 
-fn machine(program: &Program, engine: EngineKind, mmu: MmuKind) -> Machine {
+fn machine(program: &Program, engine: EngineKind, mmu: MmuKind, seen: &Arc<AtomicU64>) -> Machine {
     let guest = guests::find("hello").expect("it is embedded");
     let config = MachineConfig { memory: MEMORY, table_memory: 1 << 20, ..MachineConfig::for_guest(guest) };
     let config = config.with_mmu(mmu).with_engine(engine);
@@ -55,7 +59,7 @@ fn machine(program: &Program, engine: EngineKind, mmu: MmuKind) -> Machine {
         let cpu = SoftCpu::with_engine(memory, model, engine)?;
         let first = program.first_state(vcpu::Vcpu::state(&cpu));
         let planted = program.planted && engine == EngineKind::Translate;
-        Ok(Box::new(Seated::new(cpu, first, program.interrupts.clone(), planted)))
+        Ok(Box::new(Seated::new(cpu, first, program.interrupts.clone(), seen.clone(), planted)))
     });
     let machine = machine.unwrap_or_else(|e| panic!("{e}"));
     for part in PARTS {
@@ -66,7 +70,8 @@ fn machine(program: &Program, engine: EngineKind, mmu: MmuKind) -> Machine {
 }
 
 fn run(program: &Program, engine: EngineKind, mmu: MmuKind, strides: Strides) -> Result<Course, String> {
-    let mut machine = machine(program, engine, mmu);
+    let seen = Arc::default();
+    let mut machine = machine(program, engine, mmu, &seen);
     let mut deeds = program.deeds.clone();
     deeds.sort_by_key(|(after, _)| std::cmp::Reverse(*after));
     let mut choose = Choose::from_seed(if let Strides::Random(seed, _) = strides { seed } else { 0 });
@@ -116,7 +121,7 @@ fn run(program: &Program, engine: EngineKind, mmu: MmuKind, strides: Strides) ->
         assert!(counters.get(Counter::BlocksTranslated) > 0, "{}: nothing was translated", program.name);
     }
     let exits = CAUSES.iter().chain(&OUTCOMES).map(|&c| (c, counters.get(c))).collect();
-    Ok(Course { states, end, memory, exits })
+    Ok(Course { states, end, memory, exits, seen: seen.load(Ordering::Relaxed) })
 }
 
 /// The state of a machine that may have been stopped anywhere.
@@ -146,6 +151,9 @@ pub fn differs(program: &Program, strides: &[Strides]) -> Result<u64, String> {
                     let pairs = before.exits.iter().zip(&course.exits).filter(|(a, b)| a != b);
                     let unlike: Vec<_> = pairs.map(|(a, b)| (a.0.key(), a.1, b.1)).collect();
                     return Err(say(format!("exits by cause differ: {unlike:?}")));
+                }
+                if before.as_ref().is_some_and(|before| before.seen != course.seen) {
+                    return Err(say("the registers at some exit differ".to_owned()));
                 }
                 before = Some(course);
             }
