@@ -68,11 +68,12 @@ pub struct Decoded {
     pub round: Option<usize>,
 }
 
-/// Decodes a block at `offset` of a page. `plain`: no loop is unrolled.
+/// Decodes a block at `offset` of a page, behind whose bytes there are more if the first instruction alone is wanted, which
+/// crosses into the next. `plain`: no loop is unrolled.
 pub fn decode(
     core: &mut Core,
     info: &mut InstructionInfoFactory,
-    page: &[u8; 4096],
+    page: &[u8],
     offset: u32,
     setting: Setting,
     plain: bool,
@@ -83,7 +84,8 @@ pub fn decode(
     let mut insn = Instruction::default();
     // How many instructions there are up to the first branch backward; and whether the last goes to the block's start.
     let (mut leaves, mut looped) = (None, false);
-    while insns.len() < MOST && decoder.can_decode() {
+    let most = if page.len() > 4096 { 1 } else { MOST };
+    while insns.len() < most && decoder.can_decode() {
         decoder.decode_out(&mut insn);
         if insn.is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes {
             break;
@@ -129,6 +131,10 @@ impl Decoded {
         self.stretches =
             if parts.plain { Vec::new() } else { stretch::plan(&mut self.insns, info, homes, alone) };
         self.needed = needs(&mut self.insns, parts.tight);
+        if parts.second_word.is_some() {
+            // The entry looks at the second page.
+            self.needed = flag::ALL;
+        }
     }
 
     /// The instructions for which this one makes the check, itself among them.
@@ -158,7 +164,7 @@ fn kind_of(
     core: &mut Core,
     info: &mut InstructionInfoFactory,
     insn: &mut Instruction,
-    page: &[u8; 4096],
+    page: &[u8],
     setting: Setting,
 ) -> Kind {
     if !insn.is_invalid() {
@@ -207,7 +213,7 @@ fn changes_vectors(insn: &Instruction) -> bool {
 }
 
 /// The interpreter's form of an instruction, alone in its block.
-pub fn handler(core: &mut Core, insn: &Instruction, page: &[u8; 4096]) -> (Op, crate::exec::Selected) {
+pub fn handler(core: &mut Core, insn: &Instruction, page: &[u8]) -> (Op, crate::exec::Selected) {
     let start = insn.ip() as usize % 4096;
     let mut decoder = Decoder::with_ip(64, &page[start..], 0, OPTIONS);
     crate::decode::alone(&decoder.decode(), core)
@@ -295,7 +301,9 @@ pub struct Parts<'a> {
     /// Each access is checked by itself.
     pub plain: bool,
     /// The page's bytes.
-    pub bytes: &'a [u8; 4096],
+    pub bytes: &'a [u8],
+    /// Distance of the word of the page where the block's only instruction ends, if that is another one.
+    pub second_word: Option<i32>,
     /// Distance of the page's word.
     pub page_word: i32,
     /// Distance of the indirect-branch cache.
@@ -447,11 +455,22 @@ impl Emission<'_, '_> {
             self.to.flags = FlagState::Saved;
         }
         let asm = &mut *self.to.asm;
+        let second_miss = asm.label();
+        if let Some(word) = self.parts.second_word {
+            asm.load(host::R10, field(hot!(page)));
+            asm.lea(host::R10, Mem::at(host::R10, 4096));
+            asm.op_mem(8, &[0x3b], host::R10, Mem::frame(word));
+            asm.jcc(cc::NE, Target::Here(second_miss));
+        }
         if count > 0 {
             asm.alu_mem_imm(8, 5, field(hot!(budget)), count as i32);
             asm.jcc(cc::S, Target::Here(spent));
         }
         asm.cold(true);
+        asm.bind(second_miss);
+        if self.parts.second_word.is_some() {
+            asm.load(host::R10, field(hot!(page)));
+        }
         asm.bind(page_miss);
         asm.store_imm32(field(hot!(exit_offset)), first);
         asm.store_imm32(field(hot!(link)), super::NO_LINK);

@@ -10,11 +10,12 @@
 
 use super::arena::Arena;
 use super::block::ExitForm;
+use super::crossing::Second;
 use super::frame::{CODE_PAGES, FrameBox, MODES};
 use super::mode::Mode;
 use crate::cache::{FixedHash, Owner, granules};
 use crate::op::Op;
-use guestmem::{Hfn, Hpa, PAGE_SIZE};
+use guestmem::{Hfn, Hpa};
 use hashbrown::HashMap;
 
 /// No linear page.
@@ -63,6 +64,8 @@ pub struct Block {
     pub mode: Mode,
     /// The number of its page's word.
     pub page: u32,
+    /// The page where it ends, if that is another one.
+    pub second: Option<Second>,
     /// Instructions that it counts.
     pub count: u32,
     /// Places of its entries in the arena: indirect, page, host, saved.
@@ -168,7 +171,7 @@ impl Blocks {
 
     /// Whether there is room for one more block.
     pub fn is_full(&self) -> bool {
-        self.by_key.len() >= MOST_BLOCKS || self.pages.len() >= CODE_PAGES
+        self.by_key.len() >= MOST_BLOCKS || self.pages.len() + 2 > CODE_PAGES
     }
 
     /// How many blocks there are.
@@ -271,16 +274,18 @@ impl Blocks {
 
     /// Adds a block under [`Self::next_number`].
     pub fn insert(&mut self, core: &mut FrameBox, block: Block) -> u32 {
-        let (key, hpa, len) = (block.key(), block.hpa, block.len);
+        let key = block.key();
+        let ranges: Vec<_> = block.frames().map(|frame| (frame, block.range_in(frame))).collect();
         let index = self.next_number();
         if self.free.pop().is_none() {
             self.blocks.push(None);
         }
         self.blocks[index as usize] = Some(block);
         self.by_key.insert(key, index);
-        let frame = hpa.frame();
-        self.by_frame.entry(frame.0).or_default().push(index);
-        crate::cache::add_code(core, Owner::Translator, frame, granules(hpa.page_offset(), len.max(1)));
+        for (frame, (start, end)) in ranges {
+            self.by_frame.entry(frame.0).or_default().push(index);
+            crate::cache::add_code(core, Owner::Translator, frame, granules(start, end - start));
+        }
         index
     }
 
@@ -311,13 +316,16 @@ impl Blocks {
         }
     }
 
-    fn drop_block(&mut self, core: &mut FrameBox, index: u32) {
+    /// Drops a block; nobody jumps into it any more.
+    pub fn drop_block(&mut self, core: &mut FrameBox, index: u32) {
         let Some(block) = self.blocks.get_mut(index as usize).and_then(Option::take) else { return };
         self.epoch += 1;
         self.by_key.remove(&block.key());
         self.free.push(index);
-        if let Some(list) = self.by_frame.get_mut(&block.hpa.frame().0) {
-            list.retain(|&i| i != index);
+        for frame in block.frames() {
+            if let Some(list) = self.by_frame.get_mut(&frame.0) {
+                list.retain(|&i| i != index);
+            }
         }
         for &(from, exit) in &block.incoming {
             let Some(source) = self.blocks.get_mut(from as usize).and_then(Option::as_mut) else { continue };
@@ -352,8 +360,8 @@ impl Blocks {
         let mut dropped = false;
         for index in candidates {
             let touched = self.get(index).is_some_and(|b| {
-                let start = b.hpa.page_offset();
-                start < to && from < (start + b.len.max(1)).min(PAGE_SIZE)
+                let (start, end) = b.range_in(frame);
+                start < to && from < end
             });
             if touched {
                 self.drop_block(core, index);
@@ -369,7 +377,8 @@ impl Blocks {
             *heat = Heat { count: heat.count + 1, last: now };
         }
         let mask = self.by_frame.get(&frame.0).into_iter().flatten().fold(0, |mask, &i| {
-            mask | self.get(i).map_or(0, |b| granules(b.hpa.page_offset(), b.len.max(1)))
+            let range = self.get(i).map(|b| b.range_in(frame));
+            mask | range.map_or(0, |(start, end)| granules(start, end - start))
         });
         if mask == 0 {
             self.by_frame.remove(&frame.0);

@@ -26,6 +26,7 @@ pub mod check;
 pub mod classify;
 #[cfg(test)]
 mod classify_tests;
+pub mod crossing;
 pub mod emit;
 pub mod flag_state;
 pub mod flow;

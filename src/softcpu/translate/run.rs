@@ -13,6 +13,7 @@ use super::arena::Arena;
 use super::asm::Asm;
 use super::block::{self, Emission, Parts};
 use super::blocks::{Block, Blocks, Link, key};
+use super::crossing::Second;
 use super::check::{SOLE_ACCESS, STRETCHES, Wants};
 use super::classify::{HostFlags, Kind, Setting};
 use super::emit::Emitter;
@@ -26,7 +27,7 @@ use crate::flags::bit;
 use crate::model::CpuModel;
 use crate::op::{Op, REG_IP, Stop};
 use crate::tlb::TlbSide;
-use guestmem::{Gva, Hpa, PAGE_SIZE};
+use guestmem::{Gva, Hfn, Hpa, PAGE_SIZE};
 use iced_x86::{Code, Encoder, Instruction, InstructionInfoFactory};
 use mmu::{AccessKind, Counter};
 use std::io;
@@ -41,7 +42,8 @@ const BUDGET_LIMIT: u64 = 1 << 39;
 const RSP: usize = 4;
 
 const JUMPS: usize = 4096;
-const NO_BLOCK: u32 = u32::MAX;
+/// No block: the interpreter's.
+pub(super) const NO_BLOCK: u32 = u32::MAX;
 
 #[derive(Clone, Copy)]
 struct Jump {
@@ -62,7 +64,7 @@ pub enum Next {
 
 /// The translator of one CPU.
 pub struct Translator {
-    blocks: Blocks,
+    pub(super) blocks: Blocks,
     asm: Asm,
     encoder: Encoder,
     info: InstructionInfoFactory,
@@ -376,7 +378,7 @@ impl Translator {
         if jump.ip == ip
             && let Some(block) = self.blocks.get(jump.block)
             && block.mode == mode
-            && *core.page_mut(block.page as usize) == ip & !0xfff
+            && block.is_at(core, ip)
         {
             return Ok(jump.block);
         }
@@ -395,13 +397,15 @@ impl Translator {
             // The same code at the same place: the mapping was only forgotten.
             let (page, global) = (block.page, core.tlb.fetch.is_global(ip, core.tlb.fetch_key));
             self.blocks.know_page(core, page, ip & !0xfff, global);
-            return Ok(jump.block);
+            if self.follow_second(core, jump.block, ip)? {
+                return Ok(jump.block);
+            }
         }
         self.blocks.prepare_mode(core, mode);
         let index = match self.blocks.lookup(key(hpa, mode)) {
-            Some(index) => index,
-            None if self.blocks.is_hot(hpa.frame(), core.ticks) => return Ok(NO_BLOCK),
-            None => self.translate(core, mode, hpa),
+            Some(index) if self.follow_second(core, index, ip)? => index,
+            _ if self.blocks.is_hot(hpa.frame(), core.ticks) => return Ok(NO_BLOCK),
+            _ => self.translate(core, mode, hpa, ip)?,
         };
         let global = core.tlb.fetch.is_global(ip, core.tlb.fetch_key);
         if let Some(block) = self.blocks.get(index) {
@@ -414,22 +418,42 @@ impl Translator {
 
     /// Lets indirect branches find the block at `target`, if it is translated already.
     fn know_target(&mut self, core: &mut FrameBox, mode: Mode, target: u64) -> Result<(), Stop> {
+        if !core.attention.is_empty() || core.ticks >= core.deadline {
+            // These come before a fault of the fetch.
+            return Ok(());
+        }
         let index = self.find(core, mode)?;
         self.blocks.know_target(core, target, index);
         Ok(())
     }
 
-    /// Translates the block at a physical address.
-    fn translate(&mut self, core: &mut FrameBox, mode: Mode, hpa: Hpa) -> u32 {
+    /// Translates the block at a physical address, to which RIP leads.
+    fn translate(&mut self, core: &mut FrameBox, mode: Mode, hpa: Hpa, ip: u64) -> Result<u32, Stop> {
+        let mut bytes = [0; 4096];
+        core.memory.host().read(hpa.page_base(), &mut bytes);
+        let index = self.translate_bytes(core, mode, hpa, &bytes, None);
+        if index == NO_BLOCK { self.translate_crossing(core, mode, hpa, ip, &bytes) } else { Ok(index) }
+    }
+
+    /// Translates the block in a page's bytes, or one instruction that ends in another frame. [`NO_BLOCK`] if it needs one.
+    pub(super) fn translate_bytes(
+        &mut self,
+        core: &mut FrameBox,
+        mode: Mode,
+        hpa: Hpa,
+        bytes: &[u8],
+        second: Option<Hfn>,
+    ) -> u32 {
         if self.blocks.is_full() {
             self.overflow(core);
         }
-        let frame = hpa.frame();
-        let mut bytes = [0; 4096];
-        core.memory.host().read(hpa.page_base(), &mut bytes);
         let setting = Setting { user: mode.user(), vectors: mode.vectors(), avx: self.avx, host: self.host };
         let offset = hpa.page_offset() as u32;
-        let mut decoded = block::decode(core, &mut self.info, &bytes, offset, setting, mode.plain());
+        let plain = mode.plain() || second.is_some();
+        let mut decoded = block::decode(core, &mut self.info, bytes, offset, setting, plain);
+        if decoded.insns.is_empty() {
+            return NO_BLOCK;
+        }
         // What jumps through another mode's indirect-branch cache finds it in order.
         match decoded.insns.last().map(|i| i.kind) {
             Some(Kind::SystemCall) => self.blocks.prepare_mode(core, Mode::KERNEL),
@@ -438,21 +462,24 @@ impl Translator {
             }
             _ => {}
         }
-        let page = self.blocks.page(core, frame, mode.user());
-        if decoded.insns.is_empty() {
-            return self.blocks.insert(core, untranslated(hpa, mode, page));
-        }
         core.counters.count(Counter::BlocksTranslated);
-        if let Some(index) = self.emit(core, mode, hpa, page, &bytes, &mut decoded) {
+        if let Some(index) = self.emit(core, mode, hpa, second, bytes, &mut decoded) {
             return index;
         }
-        // No room: everything goes, and the page has another number then.
+        // No room: everything goes, and the pages have other numbers then.
         self.overflow(core);
-        let page = self.blocks.page(core, frame, mode.user());
-        match self.emit(core, mode, hpa, page, &bytes, &mut decoded) {
-            Some(index) => index,
-            None => self.blocks.insert(core, untranslated(hpa, mode, page)),
+        if let Some(index) = self.emit(core, mode, hpa, second, bytes, &mut decoded) {
+            return index;
         }
+        let page = self.blocks.page(core, hpa.frame(), mode.user());
+        self.blocks.insert(core, untranslated(hpa, mode, page))
+    }
+
+    /// Drops a block.
+    pub(super) fn drop_block(&mut self, core: &mut FrameBox, index: u32) {
+        self.blocks.drop_block(core, index);
+        self.jumps.fill(NO_JUMP);
+        core.counters.count(Counter::BlocksInvalidated);
     }
 
     fn overflow(&mut self, core: &mut FrameBox) {
@@ -465,10 +492,13 @@ impl Translator {
         core: &mut FrameBox,
         mode: Mode,
         hpa: Hpa,
-        page: u32,
-        bytes: &[u8; 4096],
+        second: Option<Hfn>,
+        bytes: &[u8],
         decoded: &mut block::Decoded,
     ) -> Option<u32> {
+        let page = self.blocks.page(core, hpa.frame(), mode.user());
+        let second =
+            second.map(|frame| Second { frame, page: self.blocks.page(core, frame, mode.user()) });
         let count = decoded.insns.iter().filter(|i| !i.kind.is_outside()).count() as u32;
         let gates = self.gates[usize::from(mode.vectors())];
         let linear_bits = core.paging.linear_bits();
@@ -487,6 +517,7 @@ impl Translator {
             tight: self.tight,
             plain: mode.plain(),
             bytes,
+            second_word: second.map(|second| frame::page_word(second.page as usize)),
             page_word: frame::page_word(page as usize),
             targets: frame::targets(mode.index()),
             block: self.blocks.next_number(),
@@ -521,11 +552,14 @@ impl Translator {
                 })
             })
             .collect::<Option<Vec<_>>>()?;
+        let on_second = if second.is_some() { PAGE_SIZE - hpa.page_offset() + 1 } else { 0 };
         let block = Block {
             hpa,
-            len: u64::from(decoded.end) - hpa.page_offset(),
+            // Of an invalid instruction the first byte on the second page is looked at.
+            len: (u64::from(decoded.end) - hpa.page_offset()).max(on_second),
             mode,
             page,
+            second,
             count,
             entries: [at(entries.indirect)?, at(entries.page)?, at(entries.host)?, at(entries.saved)?],
             links,
@@ -554,6 +588,7 @@ fn untranslated(hpa: Hpa, mode: Mode, page: u32) -> Block {
         len: 0,
         mode,
         page,
+        second: None,
         count: 0,
         entries: [0; 4],
         links: Vec::new(),
