@@ -13,9 +13,9 @@ use super::arena::Arena;
 use super::asm::Asm;
 use super::block::{self, Emission, Parts};
 use super::blocks::{Block, Blocks, Link, key};
-use super::crossing::Second;
 use super::check::{SOLE_ACCESS, STRETCHES, Wants};
 use super::classify::{HostFlags, Kind, Setting};
+use super::crossing::{self, Second};
 use super::emit::Emitter;
 use super::flag_state::FlagState;
 use super::frame::{self, FrameBox};
@@ -420,7 +420,11 @@ impl Translator {
     fn know_target(&mut self, core: &mut FrameBox, mode: Mode, target: u64) -> Result<(), Stop> {
         if !core.attention.is_empty() || core.ticks >= core.deadline {
             // These come before a fault of the fetch.
-            return Ok(());
+            let last = target.wrapping_add(crossing::MOST_BYTES as u64 - 1);
+            let known = |lin| core.tlb.fetch.lookup(lin, core.tlb.fetch_key).is_some();
+            if !known(target) || !known(last) {
+                return Ok(());
+            }
         }
         let index = self.find(core, mode)?;
         self.blocks.know_target(core, target, index);
@@ -497,8 +501,7 @@ impl Translator {
         decoded: &mut block::Decoded,
     ) -> Option<u32> {
         let page = self.blocks.page(core, hpa.frame(), mode.user());
-        let second =
-            second.map(|frame| Second { frame, page: self.blocks.page(core, frame, mode.user()) });
+        let second = second.map(|frame| Second { frame, page: self.blocks.page(core, frame, mode.user()) });
         let count = decoded.insns.iter().filter(|i| !i.kind.is_outside()).count() as u32;
         let gates = self.gates[usize::from(mode.vectors())];
         let linear_bits = core.paging.linear_bits();
