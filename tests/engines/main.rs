@@ -13,6 +13,7 @@ mod call_vectors;
 mod choose;
 mod code_changes;
 mod control;
+mod crossing;
 mod faults;
 mod flow;
 mod instructions;

@@ -103,7 +103,7 @@ impl Piece {
                 }
             }
             Self::Bound { index, value, how } => match how {
-                0 => a.movzx(AsmRegister32::from(narrow(index)), VALUES_8[value]),
+                0 => a.movzx(narrow(index), VALUES_8[value]),
                 1 => {
                     a.mov(INDICES[index], VALUES[value])?;
                     a.and(INDICES[index], 0x3f)
