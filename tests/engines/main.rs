@@ -16,6 +16,7 @@ mod control;
 mod crossing;
 mod faults;
 mod flow;
+mod implicit;
 mod instructions;
 mod operands;
 mod program;

@@ -11,6 +11,7 @@ use super::classify::{access_size, must_be_aligned};
 use super::emit::{Emitter, TooMany};
 use super::layout::{Home, field, hot, segment_base, tlb_array};
 use super::mode::Mode;
+use super::substitute::sized;
 use crate::decode::segment_index;
 use crate::tlb::TlbSide;
 use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
@@ -218,9 +219,30 @@ pub fn access(info: &mut InstructionInfoFactory, insn: &Instruction) -> Option<(
 }
 
 /// The general registers that an instruction has to do with, a bit each.
-pub fn used(info: &mut InstructionInfoFactory, insn: &Instruction) -> u16 {
+fn used(info: &mut InstructionInfoFactory, insn: &Instruction) -> u16 {
     let used = info.info(insn).used_registers().iter().filter(|used| used.register().is_gpr());
     used.fold(0, |mask, used| mask | 1 << (used.register().full_register().number() & 15))
+}
+
+/// The general registers that an instruction has to do with although no operand names them, a bit each. An operand may name
+/// the same register too, so all that is named is replaced by one that no instruction has built in.
+pub fn implicit(info: &mut InstructionInfoFactory, insn: &Instruction) -> u16 {
+    const NEVER: u8 = 15;
+    let mut renamed = *insn;
+    for operand in (0..insn.op_count()).filter(|&i| insn.op_kind(i) == OpKind::Register) {
+        let register = insn.op_register(operand);
+        if register.is_gpr() {
+            renamed.set_op_register(operand, sized(NEVER, register.size()));
+        }
+    }
+    let (base, index) = (insn.memory_base(), insn.memory_index());
+    if base.is_gpr() {
+        renamed.set_memory_base(sized(NEVER, base.size()));
+    }
+    if index.is_gpr() {
+        renamed.set_memory_index(sized(NEVER, index.size()));
+    }
+    used(info, &renamed) & !(1 << NEVER)
 }
 
 /// The general registers that an instruction changes, a bit each.

@@ -6,6 +6,7 @@
 //!
 //! Manual: Intel SDM Vol. 2 (each instruction), Vol. 1 §3.4.3 (flags).
 
+use super::check::implicit;
 use super::layout::{Home, home};
 use crate::exec::data::condition_code;
 use iced_x86::{
@@ -394,19 +395,10 @@ fn vector(insn: &Instruction, setting: Setting, info: &mut InstructionInfoFactor
     Some(if setting.vectors { Kind::Same } else { Kind::NeedsVectors })
 }
 
-/// Whether it uses a general register that is no operand and that is elsewhere in translated code.
+/// Whether it uses a general register that no operand need name and that is elsewhere in translated code.
 fn uses_hidden_registers(insn: &Instruction, info: &mut InstructionInfoFactory) -> bool {
-    let operands: Vec<Register> = (0..insn.op_count())
-        .filter(|&i| insn.op_kind(i) == OpKind::Register)
-        .map(|i| insn.op_register(i).full_register())
-        .chain([insn.memory_base().full_register(), insn.memory_index().full_register()])
-        .collect();
-    info.info(insn).used_registers().iter().any(|used| {
-        let register = used.register();
-        register.is_gpr()
-            && !operands.contains(&register.full_register())
-            && home(register.full_register().number() as u8) != Home::Host(register.number() as u8)
-    })
+    let hidden = implicit(info, insn);
+    (0..16).any(|register| hidden & 1 << register != 0 && home(register) != Home::Host(register))
 }
 
 /// Whether the memory operand of a vector instruction must lie on a boundary of its size.

@@ -10,7 +10,7 @@
 
 use super::asm::Mem;
 use super::block::Insn;
-use super::check::used;
+use super::check::implicit;
 use super::classify::Kind;
 use super::emit::Emitter;
 use super::layout::{Home, home, hot, slot};
@@ -95,19 +95,17 @@ fn census(body: &[Insn], info: &mut InstructionInfoFactory) -> Option<([u32; 16]
         if !matches!(insn.kind, Kind::Nothing | Kind::Same | Kind::Merge(_) | Kind::Branch) {
             return None;
         }
-        let mut named = 0u16;
         let operands =
             (0..i.op_count()).filter(|&n| i.op_kind(n) == OpKind::Register).map(|n| i.op_register(n));
         for register in operands.chain([i.memory_base(), i.memory_index()]).filter(|r| r.is_gpr()) {
             let number = register.full_register().number() & 15;
             uses[number] += 1;
-            named |= 1 << number;
             // The count of a shift is in CL, and only the first four registers have a second byte.
             let fixed =
                 matches!(register, Register::CL | Register::AH | Register::BH | Register::CH | Register::DH);
             pinned |= u16::from(fixed) << number;
         }
-        pinned |= used(info, i) & !named;
+        pinned |= implicit(info, i);
     }
     Some((uses, pinned))
 }
