@@ -117,8 +117,11 @@ impl ShadowMmu {
                 _ => role.guest_target(at.index(), self.guest_entry(at)),
             };
             // The guest's entry may say something else by now, of which this event has yet to tell.
+            // A table out of sync may say it for a while only: its entries stand for what it said before, until it is synced.
+            let settled = role.kind == Kind::Direct || !self.tracker.is_unsync(table);
             if let Target::Leaf(leaf) = target
                 && leaf.gfn == gfn
+                && settled
             {
                 let leaf = self.seeded_given_back(leaf);
                 let rights = Filler { role: &role, leaf: &leaf, access: &access }.rights(self, true);
@@ -359,6 +362,10 @@ impl ShadowMmu {
     fn flag_was_set(&mut self, gpa: Gpa, entry_bytes: u64) {
         let Some(tracked) = self.tracker.get(gpa.frame()) else { return };
         let same_size = |id| self.pages[id].role.entry_bytes() == entry_bytes;
+        // As with writes: what is out of sync keeps standing for what it said before.
+        if tracked.unsync {
+            return;
+        }
         if self.pages.same_frame(tracked.first).all(same_size)
             || self.is_broken(Seeded::FlagOfOtherFormatMissed)
         {

@@ -314,3 +314,24 @@ proptest! {
         m.audit();
     }
 }
+
+#[test]
+fn rights_are_not_given_back_by_what_a_table_out_of_sync_says_for_a_while() {
+    let mut m = guest(Options::default());
+    let read_only = TABLES[2] | P | U | A | D;
+    m.entry(TABLES[0], 3, read_only);
+    row(&mut m, 2, 0, 2);
+    m.access(Gva(KERNEL), read(Supervisor));
+    m.access(Gva(0x3000), read(User));
+    row(&mut m, 0, 16, 4);
+    assert_eq!(m.count(Counter::ShadowUnsynced), 1, "the program's table");
+    // It permits writes while it is out of sync, and the frame that it maps stops being one whose writes are seen.
+    m.entry(TABLES[0], 3, read_only | W);
+    row(&mut m, 2, 8, 4);
+    assert_eq!(m.count(Counter::ShadowUnsynced), 2, "and the kernel's");
+    m.entry(TABLES[0], 3, read_only);
+    m.flush_all();
+    // Synced by another of its pages; of this one it says what it said before.
+    m.access(Gva(0x1_0000), read(User));
+    assert!(matches!(m.access(Gva(0x3000), write(User)), Outcome::Fault(_)));
+}
