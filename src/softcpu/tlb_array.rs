@@ -7,6 +7,8 @@
 //! Which slot a page has depends on all of its address, not on the lowest bits alone, as a kernel lays its
 //! structures out in strides of powers of two. An access looks into that slot only. On a miss the slot's neighbour is looked
 //! at too, and what is found there changes places: two pages that are used in turns do not evict each other each time.
+//! Which of the two goes for a third is decided by when they were filled, never by where they are: translated code does not
+//! come here for most accesses, and both engines must hold the same.
 //!
 //! Intel SDM Vol. 3 §4.10.2.4 (global pages).
 
@@ -37,6 +39,8 @@ pub struct TlbArray {
     global: Box<[u16; ENTRIES]>,
     /// The generation of global entries that hold.
     generation: u16,
+    /// Of each slot below its neighbour, whether it was filled before that.
+    lower_is_older: Box<[bool; OTHER]>,
 }
 
 impl TlbArray {
@@ -45,6 +49,7 @@ impl TlbArray {
             entries: Box::new([TlbEntry::default(); ENTRIES]),
             global: Box::new([0; ENTRIES]),
             generation: 1,
+            lower_is_older: Box::new([false; OTHER]),
         }
     }
 
@@ -74,6 +79,7 @@ impl TlbArray {
         })?;
         self.entries.swap(slot, at);
         self.global.swap(slot, at);
+        self.lower_is_older[slot % OTHER] ^= at != slot;
         let e = &mut self.entries[slot];
         e.tag = wanted;
         Some(e.addend)
@@ -82,20 +88,27 @@ impl TlbArray {
     /// Fills, and gives the entry that had to go, if it held under the context of `key`.
     pub(crate) fn fill(&mut self, lin: u64, key: u64, addend: u64, global: bool) -> Option<TlbEntry> {
         let slot = Self::slot(lin, key);
+        let (neighbour, pair) = (slot ^ OTHER, slot % OTHER);
         let new = TlbEntry { tag: (lin & !0xfff) | key, addend };
-        let gone = if !self.holds(slot, key) {
-            None
-        } else if (self.entries[slot].tag ^ new.tag) & !CONTEXT_MASK == 0 {
-            // The same page, which the caller found fault with.
-            Some(self.entries[slot])
+        let holds = self.holds(slot, key);
+        // The same page is one that the caller found fault with. Else what does not hold goes, or of two alike the older.
+        let goes = if holds && (self.entries[slot].tag ^ new.tag) & !CONTEXT_MASK == 0 {
+            slot
+        } else if holds != self.holds(neighbour, key) {
+            if holds { neighbour } else { slot }
+        } else if self.lower_is_older[pair] {
+            pair
         } else {
-            let neighbour = self.holds(slot ^ OTHER, key).then_some(self.entries[slot ^ OTHER]);
-            self.entries[slot ^ OTHER] = self.entries[slot];
-            self.global[slot ^ OTHER] = self.global[slot];
-            neighbour
+            pair + OTHER
         };
+        let gone = self.holds(goes, key).then_some(self.entries[goes]);
+        if goes == neighbour {
+            self.entries[neighbour] = self.entries[slot];
+            self.global[neighbour] = self.global[slot];
+        }
         self.entries[slot] = new;
         self.global[slot] = if global { self.generation } else { 0 };
+        self.lower_is_older[pair] = neighbour == pair;
         gone
     }
 
@@ -129,6 +142,7 @@ impl TlbArray {
     pub(crate) fn clear(&mut self) {
         self.entries.fill(TlbEntry::default());
         self.global.fill(0);
+        self.lower_is_older.fill(false);
         self.generation = 1;
     }
 

@@ -28,4 +28,5 @@ mod strides;
 mod system_calls;
 mod user_returns;
 mod vectors;
+mod ways;
 mod world;

@@ -222,3 +222,11 @@ pub fn listing(program: &Program) -> String {
     }
     text
 }
+
+/// How often the TLB had no translation while a program ran at one go on an engine.
+pub fn tlb_misses(program: &Program, engine: EngineKind, mmu: MmuKind) -> u64 {
+    let mut machine = machine(program, engine, mmu, &Arc::default());
+    machine.set_limits(Limits { instructions: Some(program.ticks), seconds: None });
+    machine.run().unwrap_or_else(|e| panic!("{e}"));
+    machine.counters().get(Counter::TlbMisses)
+}

@@ -126,10 +126,19 @@ pub fn decode(
 
 impl Decoded {
     /// Decides which accesses share checks, and works out which flags somebody may see. `alone` are instructions whose
-    /// accesses cannot share one; `tight`: every flag is seen everywhere.
-    fn plan(&mut self, info: &mut InstructionInfoFactory, parts: &Parts<'_>, homes: &Homes, alone: &[usize]) {
-        self.stretches =
-            if parts.plain { Vec::new() } else { stretch::plan(&mut self.insns, info, homes, alone) };
+    /// accesses cannot share one, `handled` those that turned out to be a handler's.
+    fn plan(
+        &mut self,
+        info: &mut InstructionInfoFactory,
+        parts: &Parts<'_>,
+        homes: &Homes,
+        (alone, handled): (&[usize], &[usize]),
+    ) {
+        self.stretches = if parts.plain {
+            Vec::new()
+        } else {
+            stretch::plan(&mut self.insns, info, homes, alone, handled)
+        };
         self.needed = needs(&mut self.insns, parts.tight);
         if parts.second_word.is_some() {
             // The entry looks at the second page.
@@ -320,6 +329,8 @@ enum Unfit {
     Share(usize),
     /// Registers must be in their common places.
     Homes,
+    /// A handler is called for this instruction, which ends all stretches.
+    Handler(usize),
 }
 
 /// The emission of a block: the emitter and what it collects.
@@ -341,30 +352,38 @@ pub struct Emission<'a, 'b> {
 impl Emission<'_, '_> {
     /// Emits entries and body.
     pub fn block(&mut self, core: &mut Core, decoded: &mut Decoded) -> Option<Entries> {
-        let mut alone = Vec::new();
+        let (mut alone, mut handled) = (Vec::new(), Vec::new());
         let mut homes = match decoded.round {
             Some(count) => Homes::for_loop(&decoded.insns[..count], self.to.info),
             None => Homes::default(),
         };
         for &guard in self.parts.unshared {
-            decoded.plan(self.to.info, &self.parts, &homes, &alone);
+            decoded.plan(self.to.info, &self.parts, &homes, (&alone, &handled));
             alone.extend(decoded.shared_with(guard));
             alone.push(guard as usize);
         }
         loop {
-            decoded.plan(self.to.info, &self.parts, &homes, &alone);
-            match self.body(core, decoded, homes) {
+            decoded.plan(self.to.info, &self.parts, &homes, (&alone, &handled));
+            match self.body(core, decoded, homes, &handled) {
                 Ok(entries) => return entries,
                 // The block is made anew: flags were counted on that a check by itself would show …
                 Err(Unfit::Share(index)) => alone.push(index),
                 // … or a handler is called after all, which knows registers in their common places only.
                 Err(Unfit::Homes) => homes = Homes::default(),
+                // … or while it counted on the TLB staying as it is.
+                Err(Unfit::Handler(index)) => handled.push(index),
             }
         }
     }
 
     /// Emits everything.
-    fn body(&mut self, core: &mut Core, decoded: &Decoded, homes: Homes) -> Result<Option<Entries>, Unfit> {
+    fn body(
+        &mut self,
+        core: &mut Core,
+        decoded: &Decoded,
+        homes: Homes,
+        handled: &[usize],
+    ) -> Result<Option<Entries>, Unfit> {
         self.to.restart();
         self.to.homes = homes;
         self.ops.clear();
@@ -393,6 +412,9 @@ impl Emission<'_, '_> {
                 if done.is_err() {
                     if !homes.is_common() {
                         return Err(Unfit::Homes);
+                    }
+                    if !decoded.stretches.is_empty() && !handled.contains(&i) {
+                        return Err(Unfit::Handler(i));
                     }
                     self.to.take_back(undo);
                     self.by_handler(core, insn);

@@ -90,12 +90,14 @@ struct Growing {
     parts: Vec<(usize, Access)>,
 }
 
-/// Finds the stretches of a block and notes in its instructions what they share. `alone` are those that cannot.
+/// Finds the stretches of a block and notes in its instructions what they share. `alone` are those that cannot, `handled`
+/// those for which the interpreter's handler is called although their kind does not say so.
 pub fn plan(
     insns: &mut [Insn],
     info: &mut InstructionInfoFactory,
     homes: &Homes,
     alone: &[usize],
+    handled: &[usize],
 ) -> Vec<Stretch> {
     let mut growing: Vec<Growing> = Vec::new();
     // Stretches before this one are over.
@@ -104,7 +106,7 @@ pub fn plan(
     for i in 0..insns.len() {
         insns[i].share = None;
         let insn = &insns[i];
-        if is_barrier(insn.kind) {
+        if is_barrier(insn.kind) || handled.contains(&i) {
             open = growing.len();
             values.forget();
             continue;
