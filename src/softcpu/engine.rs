@@ -83,8 +83,8 @@ impl SoftCpu {
             ),
         };
         let mut core = core;
-        core.hot.callout = crate::translate::run::callout as *const () as u64;
-        core.hot.refill = crate::translate::run::refill as *const () as u64;
+        core.hot.callout = crate::translate::called::callout as *const () as u64;
+        core.hot.refill = crate::translate::called::refill as *const () as u64;
         core.hot.host_mxcsr = 0x1f80;
         Ok(Self { core, code: CodeCache::default(), translator, pending: None })
     }

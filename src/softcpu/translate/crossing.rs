@@ -7,8 +7,9 @@
 //! Manual: Intel SDM Vol. 3 §6.5, Vol. 2 §2.3.11 (an instruction has 15 bytes at most).
 
 use super::blocks::Block;
+use super::find::NO_BLOCK;
 use super::frame::FrameBox;
-use super::run::{NO_BLOCK, Translator};
+use super::run::Translator;
 use crate::op::Stop;
 use guestmem::{Hfn, Hpa, PAGE_SIZE};
 

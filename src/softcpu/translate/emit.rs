@@ -6,9 +6,9 @@
 //! Manual: Intel SDM Vol. 3 §6.5 (faults are precise): the way out of an instruction leaves before it, with its own address.
 
 use super::asm::{Asm, Label, Mark, Mem, Target, host};
-use super::block::Insn;
 use super::check::Address;
 use super::classify::flag;
+use super::decoded::Insn;
 use super::flag_state::FlagState;
 use super::gates::Gates;
 use super::guard::Place;

@@ -11,6 +11,7 @@ use super::classify::flag;
 use super::emit::Emitter;
 use super::layout::{field, hot};
 use super::recipe::Recipe;
+use crate::flags::bit;
 
 const RAX: u8 = host::RAX;
 const R10: u8 = host::R10;
@@ -123,4 +124,14 @@ impl Emitter<'_> {
         self.recipe = None;
         self.holds = [None; 2];
     }
+}
+
+/// The arithmetic flags as `LAHF; SETO AL` leave them.
+pub fn to_saved(flags: u64) -> u64 {
+    (flags & (bit::ARITHMETIC & !bit::OF) | bit::ONE) << 8 | u64::from(flags & bit::OF != 0)
+}
+
+/// The reverse.
+pub fn from_saved(saved: u64) -> u64 {
+    saved >> 8 & (bit::ARITHMETIC & !bit::OF) | if saved & 1 != 0 { bit::OF } else { 0 }
 }

@@ -8,9 +8,10 @@
 //! Manual: Intel SDM Vol. 2 "JMP", "Jcc", "CALL", "RET"; Vol. 1 §3.3.7.1 (canonical addresses).
 
 use super::asm::{Asm, Label, Mem, Target, cc, host};
-use super::block::{Decoded, Emission, Exit, ExitForm, Insn};
+use super::block::{Emission, Exit, ExitForm};
 use super::check::{Address, Wants};
 use super::classify::Kind;
+use super::decoded::{Decoded, Insn};
 use super::emit::TooMany;
 use super::flag_state::FlagState;
 use super::layout::{ATTENTION, TLB_KEY, field, hot};

@@ -4,14 +4,15 @@
 //! address in the frame; the others need a register with that address, which is often still there. A guard that fails, for
 //! a page that is crossed or not in the TLB, gives back the instructions that are left and goes to the *plain* translation
 //! of what follows, in which each access is checked by itself. The block's next round tries the guard again; one that fails
-//! most of the time, because what it checks lies across two pages, is given up ([`super::run`]).
+//! most of the time, because what it checks lies across two pages, is given up ([`super::blocks`]).
 //!
 //! Manual: as [`super::check`].
 
 use super::asm::{Mem, Target, host};
-use super::block::{Emission, Insn};
+use super::block::Emission;
 use super::check::{Address, Wants};
 use super::classify::Kind;
+use super::decoded::Insn;
 use super::emit::{Emitter, TooMany};
 use super::flag_state::FlagState;
 use super::layout::{Home, field, home, hot};

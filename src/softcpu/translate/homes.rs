@@ -9,9 +9,9 @@
 //! Manual: Intel SDM Vol. 1 §3.4.1.1 (general registers in 64-bit mode).
 
 use super::asm::Mem;
-use super::block::Insn;
 use super::check::implicit;
 use super::classify::Kind;
+use super::decoded::Insn;
 use super::emit::Emitter;
 use super::layout::{Home, home, hot, slot};
 use iced_x86::{InstructionInfoFactory, OpKind, Register};

@@ -13,8 +13,9 @@
 //! Manual: Intel SDM Vol. 2 "IRET"; Vol. 3 §6.14.3, §17.3.1.1.
 
 use super::asm::{Asm, Label, Mem, Target, cc, host};
-use super::block::{Emission, Insn};
+use super::block::Emission;
 use super::check::{Address, STRETCHES, Wants, wanted};
+use super::decoded::Insn;
 use super::emit::TooMany;
 use super::flow::through_cache;
 use super::frame::targets;

@@ -57,7 +57,7 @@ pub struct Hot {
     pub exit_in_shadow: u32,
     /// The budget at the entry.
     pub entered_with: i64,
-    /// Why a handler stopped: see [`super::run`].
+    /// Why a handler stopped: see [`super::called`].
     pub stopped: u64,
     /// Host addresses of the stretches of the running block: see [`super::guard`].
     pub stretches: [u64; super::stretch::MOST],

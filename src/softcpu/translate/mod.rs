@@ -5,12 +5,12 @@
 //! reference and the way out: at anything unusual the code is left *before* the instruction, and the interpreter executes
 //! it. Both engines give the same guest at every tick.
 //!
-//! The path of one access: [`check`] (a hit: eight instructions), or [`guard`] where several share one → [`gates`] → `refill` in [`run`] →
+//! The path of one access: [`check`] (a hit: eight instructions), or [`guard`] where several share one → [`gates`] → `refill` in [`called`] →
 //! [`crate::memory`]'s walk → [`crate::tlb_inline`]; what cannot be filled → the interpreter → a fault, an exit, a device.
 //!
-//! Read in this order: [`layout`], [`mode`], [`classify`], [`block`], [`stretch`], [`homes`], [`emit`], [`flag_state`], [`check`], [`guard`],
-//! [`substitute`], [`flow`], [`stack`], [`system_calls`], [`interrupt_return`],
-//! [`gates`], [`blocks`], [`run`].
+//! Read in this order: [`layout`], [`mode`], [`classify`], [`decoded`], [`block`], [`stretch`], [`homes`], [`emit`],
+//! [`flag_state`], [`check`], [`guard`], [`substitute`], [`flow`], [`stack`], [`system_calls`], [`interrupt_return`],
+//! [`gates`], [`called`], [`blocks`], [`crossing`], [`find`], [`translation`], [`run`].
 //!
 //! Guests are hostile: translated code reaches guest memory only through the check, whose entries were filled for whole
 //! pages of guest frames; everything else that it touches is at constant distances from RSP. A guest chooses which of the
@@ -22,12 +22,15 @@ pub mod arena;
 pub mod asm;
 pub mod block;
 pub mod blocks;
+pub mod called;
 pub mod check;
 pub mod classify;
 #[cfg(test)]
 mod classify_tests;
 pub mod crossing;
+pub mod decoded;
 pub mod emit;
+pub mod find;
 pub mod flag_state;
 pub mod flow;
 pub mod frame;
@@ -47,6 +50,7 @@ pub mod stack;
 pub mod stretch;
 pub mod substitute;
 pub mod system_calls;
+pub mod translation;
 
 pub use frame::FrameBox;
 pub use layout::Hot;

@@ -1,6 +1,6 @@
 //! Holds docs/popek-goldberg.md against the translator: what it says of each sensitive instruction is what is done.
 
-use super::block;
+use super::decoded;
 use super::classify::{HostFlags, Kind, Setting};
 use crate::core::Core;
 use crate::model::CpuModel;
@@ -30,7 +30,7 @@ fn kind(core: &mut Core, bytes: &[u8], user: bool) -> Kind {
     let host = HostFlags { shifts: true };
     let setting = Setting { user, vectors: true, avx: true, host };
     let mut info = InstructionInfoFactory::new();
-    block::decode(core, &mut info, &page, 0, setting, false).insns[0].kind
+    decoded::decode(core, &mut info, &page, 0, setting, false).insns[0].kind
 }
 
 fn word(kind: Kind) -> &'static str {

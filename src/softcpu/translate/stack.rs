@@ -3,9 +3,9 @@
 //! Manual: Intel SDM Vol. 2 "PUSH", "POP", "LEAVE", "PUSHF", "DIV", "IDIV", "CLI", "SWAPGS", "RDTSC".
 
 use super::asm::{Asm, Mem, cc, host};
-use super::block::Insn;
 use super::check::{Address, Wants};
 use super::classify::flag;
+use super::decoded::Insn;
 use super::emit::{Emitter, TooMany};
 use super::flag_state::FlagState;
 use super::layout::{Home, field, home, hot, segment_base, selector};

@@ -7,14 +7,14 @@
 //! long as it may reach: a table of 256 entries is one.
 //!
 //! A stretch is only good while nobody but the block's own accesses touches the TLB: a handler that is called ends all of
-//! them, and a refill that has to evict an entry leaves the block ([`super::run`]), so that both engines walk at the same
+//! them, and a refill that has to evict an entry leaves the block ([`super::called`]), so that both engines walk at the same
 //! accesses. Accesses that share a check cannot fault, so nobody sees the flags at them.
 //!
 //! Manual: Intel SDM Vol. 1 §3.7.5 (address of an operand), §3.4.1.1 (32-bit results clear the upper half).
 
-use super::block::Insn;
 use super::check::{Wants, access, changed};
 use super::classify::{Kind, must_be_aligned};
+use super::decoded::Insn;
 use super::homes::Homes;
 use super::layout::Home;
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};

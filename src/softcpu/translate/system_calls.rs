@@ -14,7 +14,8 @@
 //! Manual: Intel SDM Vol. 3 §5.8.8; AMD APM Vol. 3 "SYSCALL", "SYSRET".
 
 use super::asm::{Asm, Label, Mem, Target, cc, host};
-use super::block::{Emission, Insn};
+use super::block::Emission;
+use super::decoded::Insn;
 use super::emit::Emitter;
 use super::flow::through_cache;
 use super::frame::targets;
