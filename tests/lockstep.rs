@@ -201,8 +201,9 @@ fn flags_that_are_not_set_are_found_in_every_guest_that_pages() {
 }
 
 #[test]
-fn stale_entries_after_invlpg_are_found_in_every_guest_that_uses_it() {
-    for name in ["ptemod", "demand-touch", "largepages", "paging32", "forkwait", "smc", "ctxswitch"] {
+fn stale_entries_after_invlpg_are_found_in_every_guest_that_would_use_them() {
+    // Not in forkwait: there a write comes before the page is read again, and its walk replaces the entry for reads too.
+    for name in ["ptemod", "demand-touch", "largepages", "paging32", "smc", "ctxswitch"] {
         let report =
             lockstep(config(guest(name), MmuKind::Shadow), INVLPG, "mmu=ept,policy=scatter:5", 10_000);
         let difference = report.difference.as_ref().unwrap_or_else(|| panic!("{name}: {}", report.text()));
