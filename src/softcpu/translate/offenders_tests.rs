@@ -1,7 +1,7 @@
 //! Holds docs/popek-goldberg.md against the translator: what it says of each sensitive instruction is what is done.
 
-use super::decoded;
 use super::classify::{HostFlags, Kind, Setting};
+use super::decoded;
 use crate::core::Core;
 use crate::model::CpuModel;
 use guestmem::{Gpa, GuestMemory, MemoryConfig, Policy, RegionConfig, RegionKind};
