@@ -3,7 +3,7 @@
 
 use crate::program::{guarded, kernel, repeat, user};
 use crate::strides::{Strides, check, check_in};
-use crate::world::{ABSENT, DATA, EDGE, READ_ONLY, STACK, USER_DATA, USER_END, finish};
+use crate::world::{ABSENT, DATA, EDGE, READ_ONLY, ROOTS, STACK, TABLE, USER_DATA, USER_END, finish};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -465,4 +465,21 @@ fn a_refill_that_stops_behind_sti() {
         });
         check(&program.interrupt(after, 0x41).interrupt(after + 37, 0x42));
     }
+}
+
+#[test]
+fn an_access_that_is_not_aligned_sets_no_flag_in_the_tables() {
+    // The alignment comes before the walk: the page stays one that was not accessed.
+    let (page, entry) = (DATA + 0x5000, ROOTS[0] + TABLE + ((DATA + 0x5000) >> 12) * 8);
+    check(&kernel("not aligned", |a| {
+        a.mov(r13, page)?;
+        repeat(a, 60, |a| {
+            a.and(qword_ptr(entry), !0x60)?;
+            a.invlpg(byte_ptr(r13))?;
+            guarded(a, |a| a.movaps(xmm2, xmmword_ptr(r13 + 8)))?;
+            guarded(a, |a| a.cmpxchg16b(xmmword_ptr(r13 + 24)))?;
+            a.add(rbx, qword_ptr(entry))
+        })?;
+        finish(a)
+    }));
 }

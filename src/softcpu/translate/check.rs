@@ -146,12 +146,13 @@ impl Emitter<'_> {
         let (again, miss) = (self.asm.label(), self.asm.label());
         self.asm.bind(again);
         self.address(address)?;
-        let page = self.look_up(size, wants, miss);
         if aligned {
+            // Before the look-up: where this faults no table is walked, and no flag set in one.
             self.asm.bytes(&[0xa8, (size - 1) as u8]);
             let slow = self.slow();
             self.asm.jcc(cc::NE, slow);
         }
+        let page = self.look_up(size, wants, miss);
         if result == RAX {
             self.asm.op_mem(8, &[0x03], RAX, Mem::element(R10, 0, page));
         } else {
