@@ -107,7 +107,14 @@ impl Guest {
             memory.write(Gfn(frame).base(), &bytes)?;
         }
         let options =
-            Options { large_pages: !one_in(rng, 3), mmio_markers: !one_in(rng, 4), ..Options::default() };
+            // Accesses are filled for first and made afterwards: a table that went out of sync between would take what was filled
+            // before out of use.
+            Options {
+                large_pages: !one_in(rng, 3),
+                mmio_markers: !one_in(rng, 4),
+                unsync: false,
+                ..Options::default()
+            };
         let mut mmu = ShadowMmu::new(memory.clone(), options);
         let state = space.cpu.state();
         let id = mmu.add_cpu(&state)?;
