@@ -5,7 +5,7 @@ use crate::control::{CR4_SMAP, toggle_cr4};
 use crate::program::{Program, repeat};
 use crate::strides::check;
 use crate::system_calls::calls;
-use crate::world::{ABSENT, CODE, DATA, END, GDT, RESUME, USER_CODE, USER_DATA, USER_STACK, assemble};
+use crate::world::{ABSENT, CODE, DATA, END, GDT, RESUME, ROOTS, USER_CODE, USER_DATA, USER_STACK, assemble};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
@@ -321,4 +321,17 @@ fn whatever_comes_first_when_rf_is_set() {
     program.world.put(crossing, &assemble(crossing, write(|a| a.add(rbx, 0x1234567))));
     check(&program);
     check(&interrupted(program));
+}
+
+#[test]
+fn descriptors_in_the_upper_half_of_the_slots() {
+    // The GDT lies 4 MiB further: its page has a slot of the inline TLB that half as many slots would not reach.
+    let far = 0x40_0000u64;
+    let mut program = returns("far descriptors", &[PLAIN], |a| a.lgdt(fword_ptr(DATA + 0xa00)), |_| Ok(()));
+    for root in ROOTS {
+        program.world.word(root + 0x2010, (root + 0x4000) | 0x27);
+    }
+    program.world.put(DATA + 0xa00, &0x3fu16.to_le_bytes());
+    program.world.put(DATA + 0xa02, &(far + GDT).to_le_bytes());
+    check(&program);
 }

@@ -30,6 +30,7 @@ use crate::core::Core;
 use crate::flags::bit;
 use crate::segments::Descriptor;
 use crate::tlb::TlbSide;
+use crate::tlb_inline::SLOT_MASK;
 use std::mem::offset_of;
 use vcpu::state::seg;
 use vcpu::{Segment, TableRegister};
@@ -145,7 +146,7 @@ fn check_descriptor(asm: &mut Asm, at: i32, descriptor: u64, label: Label, refil
     asm.op_mem(8, &[0x03], RAX, Mem::frame(base as i32));
     asm.op_reg(4, &[0x8b], RDX, RAX);
     asm.shift(4, 5, RDX, 8);
-    asm.alu_imm(4, 4, RDX, 0x3ff0);
+    asm.alu_imm(4, 4, RDX, SLOT_MASK);
     asm.op_mem(8, &[0x2b], RAX, Mem::element(RDX, 0, tag));
     asm.bytes(&[0x48, 0x3d]);
     asm.bytes(&(4096u32 - 8).to_le_bytes());
