@@ -21,6 +21,7 @@ mod instructions;
 mod operands;
 mod program;
 mod rare;
+mod returns;
 mod seated;
 mod spaces;
 mod stretches;

@@ -363,7 +363,8 @@ impl Asm {
         self.op_mem(4, &[0xff], 4, mem);
     }
 
-    fn rel32(&mut self, target: Target) -> Label {
+    /// The four bytes of a distance.
+    pub fn rel32(&mut self, target: Target) -> Label {
         let operand = self.here();
         let (cold, at) = (self.in_cold, self.out().len());
         self.fixups.push(Fixup { cold, at, target });

@@ -114,6 +114,8 @@ pub struct Blocks {
     floor: usize,
     /// Where the indirect-branch caches lead when they know nothing, by mode.
     unknown: [u64; MODES],
+    /// Where the return-address caches do: to code that looks into the indirect-branch cache.
+    no_return: [u64; MODES],
     blocks: Vec<Option<Block>>,
     free: Vec<u32>,
     by_key: HashMap<u64, u32, FixedHash>,
@@ -133,13 +135,15 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// No blocks; `unknown` are the addresses of the gates for unknown targets.
-    pub fn new(arena: Arena, unknown: [u64; MODES]) -> Self {
+    /// No blocks; `unknown` are the addresses of the gates for unknown targets, `no_return` those of the ways through the
+    /// indirect-branch caches.
+    pub fn new(arena: Arena, unknown: [u64; MODES], no_return: [u64; MODES]) -> Self {
         let floor = arena.used();
         Self {
             arena,
             floor,
             unknown,
+            no_return,
             blocks: Vec::new(),
             free: Vec::new(),
             by_key: HashMap::default(),
@@ -350,6 +354,7 @@ impl Blocks {
                 *entry = unknown;
             }
         }
+        self.forget_returns(core, block.mode.index());
     }
 
     /// Drops the blocks made from any of these bytes, which must not leave their frame.
@@ -410,6 +415,7 @@ impl Blocks {
         if self.filled[mode].is_none() {
             core.targets_mut(mode).fill(self.unknown[mode]);
             self.filled[mode] = Some(Vec::new());
+            self.forget_returns(core, mode);
         }
     }
 
@@ -452,5 +458,11 @@ impl Blocks {
             }
             filled.clear();
         }
+        (0..MODES).for_each(|mode| self.forget_returns(core, mode));
+    }
+
+    /// Makes the return-address cache of a mode empty: it leads to the indirect-branch cache.
+    fn forget_returns(&self, core: &mut FrameBox, mode: usize) {
+        core.returns_mut(mode).fill(self.no_return[mode]);
     }
 }

@@ -3,7 +3,7 @@
 //! A direct branch is a jump to the target's block once that is known. Within the page it needs no look at anything; to
 //! another page it carries the linear address of that page, which the target compares with where it is mapped. An indirect
 //! branch jumps through the entry of the indirect-branch cache that a hash of its target names, and the target's block
-//! compares the whole address.
+//! compares the whole address. Returns look into a cache of their own first: [`super::returns`].
 //!
 //! Manual: Intel SDM Vol. 2 "JMP", "Jcc", "CALL", "RET"; Vol. 1 §3.3.7.1 (canonical addresses).
 
@@ -32,9 +32,7 @@ impl Emission<'_, '_> {
             }
             self.to.swap_out();
             let form = if self.to.flags == FlagState::Host { ExitForm::Host } else { ExitForm::Saved };
-            let stub = self.to.asm.label();
-            let operand = self.to.asm.jmp(Target::Here(stub));
-            self.exit(operand, stub, form, target);
+            self.exit_to(form, target);
         } else {
             self.to.keep_flags();
             self.to.swap_out();
@@ -44,7 +42,6 @@ impl Emission<'_, '_> {
 
     /// Goes to another page; the flags are saved.
     fn far(&mut self, target: i64) {
-        let stub = self.to.asm.label();
         self.to.asm.load(R10, field(hot!(page)));
         // From the end of a page a branch goes further forward than one displacement says.
         let pages = target & !0xfff;
@@ -53,8 +50,14 @@ impl Emission<'_, '_> {
         if pages != first {
             self.to.asm.lea(R10, Mem::at(R10, (pages - first) as i32));
         }
+        self.exit_to(ExitForm::Page, target);
+    }
+
+    /// A jump out of the block that can be linked.
+    pub fn exit_to(&mut self, form: ExitForm, target: i64) {
+        let stub = self.to.asm.label();
         let operand = self.to.asm.jmp(Target::Here(stub));
-        self.exit(operand, stub, ExitForm::Page, target);
+        self.exit(operand, stub, form, target);
     }
 
     /// The way to the dispatcher that an exit takes while it is not linked.
@@ -193,6 +196,7 @@ impl Emission<'_, '_> {
     fn push_return(&mut self, insn: &Insn) -> Result<(), TooMany> {
         self.to.check(Address::Stack(Mem::at(R11, -8)), 8, Wants::Write, false, RAX)?;
         self.to.store_return_address(insn, RAX, 0);
+        self.note_return(insn);
         Ok(())
     }
 
@@ -238,7 +242,7 @@ impl Emission<'_, '_> {
         asm.store(field(hot!(temporary)), R10);
         self.push_return(insn)?;
         self.to.asm.load(RAX, field(hot!(temporary)));
-        self.jump(insn, 0);
+        self.jump(insn);
         Ok(())
     }
 
@@ -247,7 +251,7 @@ impl Emission<'_, '_> {
         self.to.keep_flags();
         self.target(&insn.insn)?;
         self.to.asm.copy(RAX, R10);
-        self.jump(insn, 0);
+        self.jump(insn);
         Ok(())
     }
 
@@ -260,17 +264,10 @@ impl Emission<'_, '_> {
         Ok(())
     }
 
-    /// The end of RET: the target is in RAX, the flags are saved.
-    pub fn leave_by_return(&mut self, insn: &Insn) {
-        let drop = if insn.insn.op_count() == 1 { insn.insn.immediate(0) as i32 } else { 0 } + 8;
-        self.to.asm.lea(R11, Mem::at(R11, drop));
-        self.jump(insn, drop as u32);
-    }
-
-    /// Goes to the address in RAX, flags saved. Should it turn out not to be canonical, RSP goes back by `moved`.
-    fn jump(&mut self, insn: &Insn, moved: u32) {
+    /// Goes to the address in RAX, flags saved.
+    fn jump(&mut self, insn: &Insn) {
         let asm = &mut *self.to.asm;
-        asm.store_imm32(field(hot!(site)), insn.offset | moved << 12);
+        asm.store_imm32(field(hot!(site)), insn.offset);
         through_cache(asm, self.parts.targets);
     }
 }

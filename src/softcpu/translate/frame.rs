@@ -6,6 +6,7 @@
 //! memory, flags, TLB and jump tables are `[rsp + constant]` and no register is spent on them. The host's own stack stays
 //! where it was; what a signal pushes below RSP lands in `Frame::below`, where nothing is kept.
 
+use super::returns::STACK;
 use crate::core::Core;
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::mem::offset_of;
@@ -27,6 +28,8 @@ pub struct Frame {
     core: Core,
     /// Where to go for an indirect branch, by mode and low 16 bits of the target.
     targets: [[u64; TARGETS]; MODES],
+    /// Where returns go on, by mode and the low bits of RSP.
+    returns: [[u64; STACK / 8]; MODES],
     /// For each page of code, the linear page at which it is mapped now; 1 if unknown.
     pages: [u64; CODE_PAGES],
 }
@@ -34,6 +37,11 @@ pub struct Frame {
 /// Distance of the indirect-branch cache of a mode from RSP.
 pub const fn targets(mode: usize) -> i32 {
     (offset_of!(Frame, targets) - offset_of!(Frame, core) + mode * TARGETS * 8) as i32
+}
+
+/// Distance of the return-address cache of a mode from RSP.
+pub const fn returns(mode: usize) -> i32 {
+    (offset_of!(Frame, returns) - offset_of!(Frame, core) + mode * STACK) as i32
 }
 
 /// Distance of the word of a page of code from RSP.
@@ -72,6 +80,11 @@ impl FrameBox {
     /// The indirect-branch cache of a mode.
     pub fn targets_mut(&mut self, mode: usize) -> &mut [u64; TARGETS] {
         &mut self.0.targets[mode % MODES]
+    }
+
+    /// The return-address cache of a mode.
+    pub fn returns_mut(&mut self, mode: usize) -> &mut [u64; STACK / 8] {
+        &mut self.0.returns[mode % MODES]
     }
 
     /// The word of a page of code.

@@ -82,6 +82,7 @@ impl Emission<'_, '_> {
                 }
                 let place = self.to.place(share);
                 self.to.store_return_address(insn, place.base, place.disp);
+                self.note_return(insn);
                 self.go(insn.insn.near_branch_target() as i64);
             }
             Kind::Return => {

@@ -45,6 +45,7 @@ pub mod mode;
 mod offenders_tests;
 pub mod recipe;
 pub mod recode;
+pub mod returns;
 pub mod run;
 pub mod stack;
 pub mod stretch;

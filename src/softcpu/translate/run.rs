@@ -16,7 +16,8 @@ use super::classify::HostFlags;
 use super::decoded;
 use super::find::{JUMPS, Jump, NO_JUMP};
 use super::flag_state::{from_saved, to_saved};
-use super::frame::FrameBox;
+use super::flow::through_cache;
+use super::frame::{self, FrameBox, MODES};
 use super::gates::{self, Gates, Reason, Vectors};
 use super::mode::Mode;
 use super::{MOST_EXITS, NO_LINK, host_flags};
@@ -82,8 +83,17 @@ impl Translator {
             *set = gates;
         }
         let unknown = std::array::from_fn(|mode| arena.address(sets[usize::from(mode & 4 != 0)].indirect));
+        let mut no_return = [0; MODES];
+        for (mode, address) in no_return.iter_mut().enumerate() {
+            asm.reset();
+            through_cache(&mut asm, frame::targets(mode));
+            *address = arena.address(arena.used());
+            let code = asm.finish(arena.used()).unwrap_or_default();
+            arena.room(code.len()).ok_or_else(|| io::Error::other("no room for the translator's gates"))?;
+            arena.place(&code);
+        }
         Ok(Self {
-            blocks: Blocks::new(arena, unknown),
+            blocks: Blocks::new(arena, unknown, no_return),
             asm,
             encoder: Encoder::new(64),
             info: InstructionInfoFactory::new(),
