@@ -18,6 +18,7 @@ mod faults;
 mod flow;
 mod implicit;
 mod instructions;
+mod linear_width;
 mod operands;
 mod program;
 mod rare;

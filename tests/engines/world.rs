@@ -168,7 +168,16 @@ impl World {
 
 /// Code at an address.
 pub fn assemble(at: u64, write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
-    let mut assembler = CodeAssembler::new(64).unwrap_or_else(|e| panic!("{e}"));
+    assemble_as(64, at, write)
+}
+
+/// Code of so many bits at an address.
+pub fn assemble_as(
+    bitness: u32,
+    at: u64,
+    write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Vec<u8> {
+    let mut assembler = CodeAssembler::new(bitness).unwrap_or_else(|e| panic!("{e}"));
     write(&mut assembler).unwrap_or_else(|e| panic!("{e}"));
     assembler.assemble(at).unwrap_or_else(|e| panic!("{e}"))
 }

@@ -63,6 +63,8 @@ pub struct Translator {
     pub(super) plain_at: Option<u64>,
     /// The guest may use AVX, as translated code takes for granted.
     pub(super) avx: bool,
+    /// How wide a canonical address is, as translated code takes for granted.
+    linear_bits: u32,
     /// Every flag is kept everywhere, so that there is no reserve: for tests that look at every tick.
     pub(super) tight: bool,
 }
@@ -103,6 +105,7 @@ impl Translator {
             seen: (0, 0),
             plain_at: None,
             avx: false,
+            linear_bits: 48,
             tight: false,
         })
     }
@@ -176,9 +179,10 @@ impl Translator {
         loop {
             let Some(mode) = Self::mode(core) else { return Ok(Next::Interpret(usize::MAX)) };
             let mode = mode.with_plain(self.plain_at.take() == Some(core.regs[usize::from(REG_IP)]));
-            if Self::avx_usable(core) != self.avx {
+            let (avx, linear_bits) = (Self::avx_usable(core), core.paging.linear_bits());
+            if (avx, linear_bits) != (self.avx, self.linear_bits) {
                 // A rare event: what was translated took the opposite for granted.
-                self.avx = !self.avx;
+                (self.avx, self.linear_bits) = (avx, linear_bits);
                 self.clear(core);
             }
             self.check_mappings(core);
