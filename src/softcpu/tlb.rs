@@ -1,18 +1,24 @@
-//! The translation look-aside buffer (SDM Vol. 3 §4.10.2): three direct-mapped arrays, for reads, writes and fetches.
+//! The translation look-aside buffer (SDM Vol. 3 §4.10.2): three arrays, for reads, writes and fetches.
 //!
 //! A tag is a page address with 12 bits of context in place of the offset: which PCID generation, and by which kind of
 //! access it was filled (user, supervisor, supervisor with EFLAGS.AC), so that one compare checks page, process and
 //! rights. Flushing a PCID, or everything, gives out new generation numbers and costs nothing; when the numbers are used
 //! up everything is emptied once. Global entries hit under any PCID: a miss looks at the slot once more and re-tags a global
 //! entry.
+//!
+//! A page that has an entry for writes has one for reads: both come with one walk, and when the one for reads has to go the
+//! other goes with it. So an instruction that reads and writes may look at the one for writes alone, and so may translated
+//! code that checks a read and a later write to the same page at once: neither spares a walk that the other engine makes.
 
-use crate::tlb_array::{MODE_BITS, MODE_MASK, TlbArray};
+use crate::tlb_array::{MODE_BITS, MODE_MASK, TlbArray, TlbEntry};
 use crate::tlb_inline::InlineTlb;
 use guestmem::{Gva, Hfn, PageSize};
 use mmu::TlbFlush;
 
 /// How many flushed pages are remembered one by one.
 const FLUSHED_PAGES: usize = 32;
+/// One entry for writes, one for reads, and what goes with that.
+const EVICTED: usize = 4;
 /// Context numbers fill the tag bits above the mode; 0 is never used.
 const CONTEXTS: u16 = 1 << (12 - MODE_BITS);
 
@@ -91,8 +97,8 @@ pub struct Tlb {
     pub flushes: u64,
     /// Entries for data that had to go for others.
     pub evictions: u64,
-    /// The host pages of the last two of them.
-    pub evicted: [u64; 2],
+    /// The host pages of the last of them: as many as one walk can make go.
+    pub evicted: [u64; EVICTED],
     /// Grows with whatever may change where a fetch goes; caches of fetch translations compare it.
     pub fetch_generation: u64,
     /// Grows with whatever may change where a fetch through any entry goes, single pages apart.
@@ -118,7 +124,7 @@ impl Default for Tlb {
             large: LargeFilter::default(),
             flushes: 0,
             evictions: 0,
-            evicted: [0; 2],
+            evicted: [0; EVICTED],
             fetch_generation: 0,
             global_generation: 0,
             flushed_pages: Vec::new(),
@@ -229,19 +235,41 @@ impl Tlb {
         if size != PageSize::Size4K {
             self.large.insert(lin, size);
         }
-        let evicted = match side {
-            TlbSide::Read => self.read.fill(lin, key, addend, global),
-            TlbSide::Write => self.write.fill(lin, key, addend, global),
+        match side {
+            TlbSide::Read => self.fill_read(key, lin, addend, global),
+            TlbSide::Write => {
+                // What may be written may be read, and mostly is.
+                if self.read.find(lin, key) != Some(addend) || self.read.is_global(lin, key) != global {
+                    self.fill_read(key, lin, addend, global);
+                }
+                if let Some((gone, held)) = self.write.fill(lin, key, addend, global)
+                    && held
+                {
+                    self.evict(TlbSide::Write, gone);
+                }
+            }
             TlbSide::Fetch => {
                 self.fetch.fill(lin, key, addend, global);
-                return;
             }
-        };
-        if let Some(gone) = evicted {
-            self.evicted[(self.evictions & 1) as usize] = (gone.tag & !0xfff).wrapping_add(gone.addend);
-            self.evictions += 1;
-            self.inline.remove(side, gone.tag);
         }
+    }
+
+    /// Fills an entry for reads. With the one that has to go for it goes that for writes to the same page.
+    fn fill_read(&mut self, key: u64, lin: u64, addend: u64, global: bool) {
+        let Some((gone, held)) = self.read.fill(lin, key, addend, global) else { return };
+        if held {
+            self.evict(TlbSide::Read, gone);
+        }
+        for twin in self.write.take_like(gone.tag).into_iter().flatten() {
+            self.evict(TlbSide::Write, twin);
+        }
+    }
+
+    /// Notes that an entry is gone.
+    fn evict(&mut self, side: TlbSide, gone: TlbEntry) {
+        self.evicted[self.evictions as usize % EVICTED] = (gone.tag & !0xfff).wrapping_add(gone.addend);
+        self.evictions += 1;
+        self.inline.remove(side, gone.tag);
     }
 
     /// Lets translated code find the entry that the current context has for `lin`. False if there is none.

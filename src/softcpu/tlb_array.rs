@@ -85,8 +85,8 @@ impl TlbArray {
         Some(e.addend)
     }
 
-    /// Fills, and gives the entry that had to go, if it held under the context of `key`.
-    pub(crate) fn fill(&mut self, lin: u64, key: u64, addend: u64, global: bool) -> Option<TlbEntry> {
+    /// Fills, and gives the entry that had to go, and whether it held under the context of `key`.
+    pub(crate) fn fill(&mut self, lin: u64, key: u64, addend: u64, global: bool) -> Option<(TlbEntry, bool)> {
         let slot = Self::slot(lin, key);
         let (neighbour, pair) = (slot ^ OTHER, slot % OTHER);
         let new = TlbEntry { tag: (lin & !0xfff) | key, addend };
@@ -101,7 +101,7 @@ impl TlbArray {
         } else {
             pair + OTHER
         };
-        let gone = self.holds(goes, key).then_some(self.entries[goes]);
+        let gone = (self.entries[goes].tag != 0).then(|| (self.entries[goes], self.holds(goes, key)));
         if goes == neighbour {
             self.entries[neighbour] = self.entries[slot];
             self.global[neighbour] = self.global[slot];
@@ -110,6 +110,15 @@ impl TlbArray {
         self.global[slot] = if global { self.generation } else { 0 };
         self.lower_is_older[pair] = neighbour == pair;
         gone
+    }
+
+    /// Removes and gives the entries of the page and mode of a tag that hold under its context.
+    pub(crate) fn take_like(&mut self, tag: u64) -> [Option<TlbEntry>; 2] {
+        let slot = Self::slot(tag, tag);
+        [slot, slot ^ OTHER].map(|at| {
+            let like = (self.entries[at].tag ^ tag) & !CONTEXT_MASK == 0 && self.holds(at, tag);
+            like.then(|| std::mem::take(&mut self.entries[at]))
+        })
     }
 
     /// Whether an entry holds under the context of `key`, in whatever mode.
@@ -195,7 +204,7 @@ mod tests {
     fn two_pages_of_one_slot_are_both_held() {
         let (a, b) = rivals();
         let mut array = TlbArray::new();
-        let gone = |entry: Option<TlbEntry>| entry.map(|e| (e.tag, e.addend));
+        let gone = |entry: Option<(TlbEntry, bool)>| entry.map(|(e, held)| (e.tag, e.addend, held));
         assert_eq!(gone(array.fill(a, KEY, 1, false)), None);
         assert_eq!(gone(array.fill(b, KEY, 2, true)), None);
         for _ in 0..3 {
@@ -211,24 +220,24 @@ mod tests {
     }
 
     #[test]
-    fn what_has_to_go_is_told_if_it_held() {
+    fn what_has_to_go_is_told_and_whether_it_held() {
         let (a, b) = rivals();
         let c = (1..4096).map(|n| b + (n << 12)).find(|&c| TlbArray::slot(a, KEY) == TlbArray::slot(c, KEY));
         let c = c.unwrap_or(a);
         let mut array = TlbArray::new();
         array.fill(a, KEY, 1, false);
         array.fill(b, KEY, 2, false);
-        let gone = |entry: Option<TlbEntry>| entry.map(|e| (e.tag, e.addend));
-        assert_eq!(gone(array.fill(c, KEY, 3, false)), Some((a | KEY, 1)));
+        let gone = |entry: Option<(TlbEntry, bool)>| entry.map(|(e, held)| (e.tag, e.addend, held));
+        assert_eq!(gone(array.fill(c, KEY, 3, false)), Some((a | KEY, 1, true)));
         assert_eq!((array.find(a, KEY), array.find(b, KEY), array.find(c, KEY)), (None, Some(2), Some(3)));
         assert_eq!(
             gone(array.fill(c, KEY, 4, false)),
-            Some((c | KEY, 3)),
+            Some((c | KEY, 3, true)),
             "the same page with something else behind it"
         );
         assert_eq!(
             gone(array.fill(a, OTHER_CONTEXT, 5, false)),
-            None,
+            Some((b | KEY, 2, false)),
             "of a context that is not the current one"
         );
         assert_eq!(array.find(a, OTHER_CONTEXT), Some(5));

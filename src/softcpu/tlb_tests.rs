@@ -133,3 +133,42 @@ fn global_pages_stay_in_the_inline_arrays_when_the_context_changes() {
     tlb.flush(TlbFlush::Page(Gva(PAGE)), 0);
     assert_eq!(tlb.inline.held().count(), 0);
 }
+
+#[test]
+fn what_may_be_written_may_be_read_whatever_had_to_go() {
+    // Pages of few slots, in contexts of three PCIDs, some of them global, some filled again with something else behind them.
+    let pages: Vec<u64> = (0..6u64).map(|n| n << 30 | ((n << 18 ^ n << 18 >> 11) & 0x7ff) << 12).collect();
+    let mut tlb = Tlb::default();
+    let (mut seed, mut both, mut gone) = (1u64, 0, 0);
+    for step in 0..40_000 {
+        seed = seed.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+        let chosen = seed >> 33;
+        let page = pages[(chosen % 6) as usize];
+        let (addend, global) = (1 + (chosen >> 4) % 2, chosen >> 6 & 7 == 0);
+        match chosen >> 10 & 15 {
+            0 => tlb.select((chosen >> 14) as u16 % 3, TlbMode::Supervisor, TlbMode::Supervisor),
+            1 if chosen >> 14 & 15 == 0 => tlb.flush(TlbFlush::Page(Gva(page)), 0),
+            2 if chosen >> 14 & 15 == 0 => tlb.flush(TlbFlush::Pcid((chosen >> 18) as u16 % 3), 0),
+            3 => tlb.fill_system(TlbSide::Write, page, addend, global, PageSize::Size4K),
+            side => {
+                let side = if side % 2 == 0 { TlbSide::Read } else { TlbSide::Write };
+                let array = if side == TlbSide::Read { &mut tlb.read } else { &mut tlb.write };
+                if array.find(page, tlb.key).is_none() {
+                    tlb.fill(side, page, addend, global, PageSize::Size4K);
+                }
+                tlb.fill_inline(side, page);
+            }
+        }
+        for &page in &pages {
+            let [read, write] =
+                [&mut tlb.read, &mut tlb.write].map(|array| array.find(page, tlb.key).is_some());
+            assert!(read || !write, "{page:#x} may be written and not read after {step} steps");
+            (both, gone) = (both + u64::from(write), gone + u64::from(!read));
+        }
+        for (side, mode, entry) in tlb.inline.held() {
+            let array = if side == TlbSide::Write { &mut tlb.write } else { &mut tlb.read };
+            assert!(mode != 0 || array.find(entry.tag, tlb.key).is_some(), "{:#x} after {step}", entry.tag);
+        }
+    }
+    assert!(both > 40_000 && gone > 40_000, "{both} and {gone}");
+}

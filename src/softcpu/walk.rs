@@ -176,13 +176,7 @@ impl Core {
         if !decoded {
             let addend = self.host_base.wrapping_add(hpa.0).wrapping_sub(lin);
             match who {
-                Who::Current => {
-                    self.tlb.fill(side, lin, addend, global, size);
-                    // What may be written may be read, and mostly is.
-                    if side == TlbSide::Write && self.tlb.read.find(lin, self.tlb.key) != Some(addend) {
-                        self.tlb.fill(TlbSide::Read, lin, addend, global, size);
-                    }
-                }
+                Who::Current => self.tlb.fill(side, lin, addend, global, size),
                 Who::System => self.tlb.fill_system(side, lin, addend, global, size),
             }
         }

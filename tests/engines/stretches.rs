@@ -25,6 +25,10 @@ const VALUES_8: [AsmRegister8; 5] = [al, dl, r11b, r12b, r13b];
 const EDGES: [u64; 7] =
     [ABSENT, READ_ONLY + 0x1000, READ_ONLY, DATA + 0x3000, EDGE, ALIAS + DATA + 0x1000, FUNCTION];
 
+/// Where they begin else: pages of which the TLB has room for two, so that each access decides which of the others goes.
+const RIVALS: [u64; 3] =
+    [DATA + 0x3000, 2 << 30 | ((DATA + 0x3000) ^ 0x10_0000), 3 << 30 | ((DATA + 0x3000) ^ 0x18_0000)];
+
 #[derive(Clone, Copy, Debug)]
 enum Piece {
     Load { base: usize, value: usize, disp: i32, size: u64 },
@@ -165,7 +169,8 @@ struct Case {
 impl Case {
     fn new(seed: u64) -> Self {
         let choose = &mut Choose::from_seed(seed);
-        let starts = std::array::from_fn(|_| choose.one(&EDGES) - 8 * choose.below(0x60) - choose.below(3));
+        let edges = if choose.once_in(3) { &RIVALS[..] } else { &EDGES };
+        let starts = std::array::from_fn(|_| choose.one(edges) - 8 * choose.below(0x60) - choose.below(3));
         let most = choose.one(&[9, 9, 40]);
         let count = 3 + choose.below(most);
         let pieces = (0..count).map(|_| Piece::random(choose)).collect();
@@ -173,7 +178,7 @@ impl Case {
     }
 
     fn program(&self) -> Program {
-        kernel(&format!("stretches of seed {}", self.seed), |a| {
+        let mut program = kernel(&format!("stretches of seed {}", self.seed), |a| {
             repeat(a, 12, |a| {
                 for (base, start) in BASES.into_iter().zip(self.starts) {
                     a.mov(base, start)?;
@@ -205,7 +210,9 @@ impl Case {
             a.dec(ecx)?;
             a.jnz(wait)?;
             finish(a)
-        })
+        });
+        program.world.lead_every_gigabyte_to_the_first();
+        program
     }
 
     /// What goes wrong with it, if anything.

@@ -46,6 +46,8 @@ struct Course {
     end: Option<End>,
     memory: Vec<u8>,
     exits: Vec<(Counter, u64)>,
+    /// What the hardware walks came to.
+    walks: Vec<(Counter, u64)>,
     /// A hash of the registers at every exit.
     seen: u64,
 }
@@ -121,7 +123,8 @@ fn run(program: &Program, engine: EngineKind, mmu: MmuKind, strides: Strides) ->
         assert!(counters.get(Counter::BlocksTranslated) > 0, "{}: nothing was translated", program.name);
     }
     let exits = CAUSES.iter().chain(&OUTCOMES).map(|&c| (c, counters.get(c))).collect();
-    Ok(Course { states, end, memory, exits, seen: seen.load(Ordering::Relaxed) })
+    let walks = [Counter::TlbMisses, Counter::WalkReferences].map(|c| (c, counters.get(c))).to_vec();
+    Ok(Course { states, end, memory, exits, walks, seen: seen.load(Ordering::Relaxed) })
 }
 
 /// The state of a machine that may have been stopped anywhere.
@@ -151,6 +154,14 @@ pub fn differs(program: &Program, strides: &[Strides]) -> Result<u64, String> {
                     let pairs = before.exits.iter().zip(&course.exits).filter(|(a, b)| a != b);
                     let unlike: Vec<_> = pairs.map(|(a, b)| (a.0.key(), a.1, b.1)).collect();
                     return Err(say(format!("exits by cause differ: {unlike:?}")));
+                }
+                // Nor is the hardware walk made at other accesses, or a guest that changes its tables without a flush could
+                // tell the engines apart.
+                if let Some(before) = &before
+                    && before.walks != course.walks
+                {
+                    let walks = (&before.walks, &course.walks);
+                    return Err(say(format!("TLB misses and references of their walks differ: {walks:?}")));
                 }
                 if before.as_ref().is_some_and(|before| before.seen != course.seen) {
                     return Err(say("the registers at some exit differ".to_owned()));

@@ -3,7 +3,7 @@
 
 use crate::program::{Program, kernel, repeat};
 use crate::strides::{check, tlb_misses};
-use crate::world::{P, ROOTS, RW, USER_DATA, finish};
+use crate::world::{USER_DATA, finish};
 use antumbra::MmuKind;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -22,10 +22,7 @@ fn rivals(name: &str, round: impl Fn(&mut CodeAssembler) -> Result<(), IcedError
         repeat(a, 200, |a| round(a))?;
         finish(a)
     });
-    // Every gigabyte is the first.
-    for entry in 1..4 {
-        program.world.word(ROOTS[0] + 0x1000 + 8 * entry, (ROOTS[0] + 0x2000) | P | RW | 4 | 0x20);
-    }
+    program.world.lead_every_gigabyte_to_the_first();
     program
 }
 
@@ -72,6 +69,23 @@ fn a_handler_called_among_accesses_that_share_a_check() {
             a.mov(ah, byte_ptr(rbp))?;
             a.add(rbx, qword_ptr(rsi + 8))?;
         }
+        a.set_label(&mut over)?;
+        a.add(rdx, rax)
+    }));
+}
+
+#[test]
+fn a_page_that_is_read_and_written_beside_one_that_is_changed() {
+    // One page is changed in place, which looks at writes alone; one is read and then written, which shares a check; the third
+    // is read. The interpreter looked at reads where the page to be changed had changed places, and there only.
+    walks_as_often(&rivals("changed in place", |a| {
+        a.mov(eax, dword_ptr(rsi + 0x18))?;
+        a.mov(dword_ptr(rsi), r14d)?;
+        a.inc(dword_ptr(rdi + 0x200))?;
+        a.test(r14, 7)?;
+        let mut over = a.create_label();
+        a.jnz(over)?;
+        a.add(rdx, qword_ptr(rbp + 0x200))?;
         a.set_label(&mut over)?;
         a.add(rdx, rax)
     }));

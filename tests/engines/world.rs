@@ -114,6 +114,13 @@ impl World {
         &self.0[range.start as usize..range.end as usize]
     }
 
+    /// Of the first address space: lets the next three gigabytes be the same memory as the first.
+    pub fn lead_every_gigabyte_to_the_first(&mut self) {
+        for entry in 1..4 {
+            self.word(ROOTS[0] + 0x1000 + 8 * entry, (ROOTS[0] + 0x2000) | P | RW | US | 0x20);
+        }
+    }
+
     fn put_tables(&mut self) {
         for (space, root) in ROOTS.into_iter().enumerate() {
             let link = P | RW | US | 0x20;
