@@ -14,6 +14,7 @@ pub mod control;
 pub mod core;
 pub mod debug;
 pub mod decode;
+mod double_mapping;
 pub mod engine;
 mod engine_kind;
 pub mod exceptions;
