@@ -4,49 +4,18 @@
 //! Instruction handlers get `&mut Core` and nothing else; decoded blocks live apart ([`crate::cache`]), so that a handler
 //! cannot pull the code it runs in from under itself.
 
+use crate::attention::Attention;
 use crate::exceptions::{Event, Exception};
-use crate::flags::{Flags, bit};
+use crate::flags::Flags;
 use crate::memory::Override;
 use crate::op::{REG_IP, Stop};
-use crate::tlb::{Tlb, TlbMode};
+use crate::tlb::Tlb;
 use crate::width::REG_SLOTS;
 use guestmem::{GuestMemory, Gva, Hpa};
-use mmu::paging::bits as paging_bits;
 use mmu::{Counter, Counters, Intercepts, PagingState, TableRoot, TlbFlush};
 use std::sync::Arc;
 use vcpu::state::seg;
 use vcpu::{Answer, Exit, Segment, TableRegister, TableStores, VcpuError};
-
-bitflags::bitflags! {
-    /// What must be looked at before the next instruction.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub struct Attention: u32 {
-        /// An event is to be delivered ([`Core::event`]).
-        const EVENT = 1 << 0;
-        /// An NMI is queued.
-        const NMI = 1 << 1;
-        /// The VMM wants to know when an interrupt can be delivered.
-        const WINDOW = 1 << 2;
-        /// Interrupts are held off for the next instruction (STI, MOV SS, POP SS).
-        const SHADOW = 1 << 3;
-        /// EFLAGS.TF or a breakpoint register asks for a look at each instruction.
-        const DEBUG = 1 << 4;
-        /// The instruction under way has answers or overrides: execute it alone, then drop them.
-        const TRANSIENT = 1 << 5;
-        /// HLT.
-        const HALTED = 1 << 6;
-        /// Shut down after a triple fault.
-        const SHUTDOWN = 1 << 7;
-        /// The next instruction writes decoded bytes: execute it alone.
-        const CODE_WRITE = 1 << 8;
-        /// Stores to guest tables are to be reported.
-        const TABLE_STORES = 1 << 9;
-        /// The hardware walk has set flags in a frame of decoded bytes: drop what was decoded from them.
-        const HOST_WRITES = 1 << 10;
-        /// A task was switched to and is to be entered ([`crate::task`]).
-        const ARRIVAL = 1 << 11;
-    }
-}
 
 /// Model-specific registers that the CPU holds itself.
 #[derive(Clone, Copy, Debug, Default)]
@@ -326,125 +295,9 @@ impl Core {
         if self.mode64 { ip } else { self.segments[seg::CS].base.wrapping_add(ip) & 0xffff_ffff }
     }
 
-    /// Protected mode (CR0.PE), virtual-8086 mode included.
-    #[inline]
-    pub fn protected(&self) -> bool {
-        self.paging.cr0 & paging_bits::CR0_PE != 0
-    }
-
-    /// Virtual-8086 mode.
-    #[inline]
-    pub fn v86(&self) -> bool {
-        self.flags.has(bit::VM)
-    }
-
-    /// Long mode is active (64-bit or compatibility mode).
-    #[inline]
-    pub fn long_mode(&self) -> bool {
-        self.paging.efer & paging_bits::EFER_LMA != 0
-    }
-
-    /// Real mode or virtual-8086 mode: selectors are paragraph numbers.
-    #[inline]
-    pub fn real_or_v86(&self) -> bool {
-        !self.protected() || self.v86()
-    }
-
     /// The time-stamp counter now, not counting the instruction under way.
     pub fn tsc(&self) -> u64 {
         self.model.ticks_to_tsc(self.ticks).wrapping_add(self.msrs.tsc_offset)
-    }
-
-    /// Recomputes what depends on segments, control registers, CPL and EFLAGS: call after any of them changed, and end
-    /// the block.
-    pub fn mode_changed(&mut self) {
-        let cs = &self.segments[seg::CS];
-        self.mode64 = self.long_mode() && cs.long();
-        let big = cs.big();
-        self.flat_code = self.mode64 || cs.base == 0 && cs.limit == u32::MAX;
-        self.ip_mask = if self.mode64 {
-            u64::MAX
-        } else if big {
-            0xffff_ffff
-        } else {
-            0xffff
-        };
-        self.seg_base64 = [0; 8];
-        self.seg_base64[seg::FS] = self.segments[seg::FS].base;
-        self.seg_base64[seg::GS] = self.segments[seg::GS].base;
-        let bitness = if self.mode64 {
-            2
-        } else if big {
-            1
-        } else {
-            0
-        };
-        // 64-bit code has no use for it, and so enters and leaves the kernel under one key.
-        let flat = !self.mode64 && [seg::DS, seg::ES, seg::SS].iter().all(|&s| self.segments[s].is_flat());
-        let stack_big = self.mode64 || self.segments[seg::SS].big();
-        self.code_key = bitness | u64::from(stack_big) << 2 | u64::from(flat) << 3;
-        self.translation_mode_changed();
-    }
-
-    /// Recomputes what the TLB's context depends on: CR3, CPL, EFLAGS.AC, CR0.AM, CR4.SMAP, breakpoints.
-    pub fn translation_mode_changed(&mut self) {
-        let ac = self.flags.has(bit::AC);
-        let (data, fetch) = if self.cpl == 3 {
-            (TlbMode::User, TlbMode::User)
-        } else if ac {
-            (TlbMode::SupervisorAc, TlbMode::Supervisor)
-        } else {
-            (TlbMode::Supervisor, TlbMode::Supervisor)
-        };
-        let data = if self.alignment_checked() || self.data_breakpoints() { TlbMode::Uncached } else { data };
-        self.tlb.select(self.paging.pcid(), data, fetch);
-        let debug = self.flags.has(bit::TF | bit::RF) || self.debug[5] & 0xff != 0;
-        self.attention.set(Attention::DEBUG, debug);
-    }
-
-    /// Whether misaligned data accesses raise #AC (SDM Vol. 3 §6.15, interrupt 17).
-    #[inline]
-    pub fn alignment_checked(&self) -> bool {
-        self.cpl == 3 && self.paging.cr0 & 1 << 18 != 0 && self.flags.has(bit::AC)
-    }
-
-    /// Whether a breakpoint register watches data or I/O.
-    pub fn data_breakpoints(&self) -> bool {
-        let dr7 = self.debug[5];
-        (0..4).any(|i| dr7 >> (2 * i) & 3 != 0 && dr7 >> (16 + 4 * i) & 3 != 0)
-    }
-
-    /// Sets the CPL and what depends on it.
-    pub fn set_cpl(&mut self, cpl: u8) {
-        self.cpl = cpl;
-        self.translation_mode_changed();
-    }
-
-    /// Sets EFLAGS bits as `mask` permits and recomputes what depends on them.
-    pub fn set_flags_masked(&mut self, value: u64, mask: u64) {
-        let old = self.flags.all();
-        let new = (old & !mask) | (value & mask);
-        self.flags.set_all(new);
-        self.native.fresh_resume = new & bit::RF != 0;
-        if (old ^ new) & (bit::AC | bit::TF | bit::RF | bit::VM) != 0 {
-            self.mode_changed();
-        }
-    }
-
-    /// Holds interrupts off for the next instruction (STI).
-    pub fn hold_interrupts(&mut self) {
-        self.attention.insert(Attention::SHADOW);
-        (self.native.fresh_shadow, self.native.stack_shadow) = (true, false);
-    }
-
-    /// Holds interrupts and debug exceptions off for the next instruction (MOV SS, POP SS). Of several loads of SS in a
-    /// row only the first does, or they could hold them off for ever (SDM Vol. 3 §6.8.3).
-    pub fn hold_events(&mut self) {
-        if self.attention.contains(Attention::SHADOW) && self.native.stack_shadow {
-            return;
-        }
-        self.attention.insert(Attention::SHADOW);
-        (self.native.fresh_shadow, self.native.stack_shadow) = (true, true);
     }
 
     /// Makes the TLB forget, and counts it.
@@ -452,20 +305,6 @@ impl Core {
         let before = self.tlb.flushes;
         self.tlb.flush(flush, self.host_base);
         self.counters.add(Counter::TlbFlushes, self.tlb.flushes - before);
-    }
-
-    /// Whether a maskable interrupt can be delivered before the next instruction.
-    pub fn interruptible(&self) -> bool {
-        self.flags.has(bit::IF)
-            && !self.attention.intersects(
-                Attention::SHADOW
-                    | Attention::EVENT
-                    | Attention::ARRIVAL
-                    | Attention::TRANSIENT
-                    | Attention::SHUTDOWN
-                    | Attention::CODE_WRITE
-                    | Attention::TABLE_STORES,
-            )
     }
 
     /// Drops what held for the instruction under way: it is complete.
@@ -489,18 +328,5 @@ impl Core {
     /// A page fault or canonical violation is about this address.
     pub fn gva(&self, lin: u64) -> Gva {
         Gva(lin)
-    }
-}
-
-/// What a flat segment is.
-pub trait FlatSegment {
-    /// Base 0, limit 4 GiB, readable and writable data that grows upwards.
-    fn is_flat(&self) -> bool;
-}
-
-impl FlatSegment for Segment {
-    fn is_flat(&self) -> bool {
-        // Present, S, data (not code), writable, not expand-down; type bit 0 is "accessed".
-        self.base == 0 && self.limit == u32::MAX && self.attributes & 0x9e == 0x92
     }
 }

@@ -3,7 +3,8 @@
 //! While EFLAGS.TF, EFLAGS.RF or a breakpoint of DR7 asks for it, the engine executes one instruction at a time and looks
 //! here before and after each. Otherwise none of this costs anything.
 
-use crate::core::{Attention, Core};
+use crate::attention::Attention;
+use crate::core::Core;
 use crate::exceptions::Exception;
 use crate::flags::bit;
 

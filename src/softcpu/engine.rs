@@ -12,43 +12,32 @@
 //! Time is exact: a block is never run past the deadline, so an interrupt comes at the same instruction whatever the
 //! blocks are and however often the guest exits on the way.
 
+use crate::attend::Attended;
+use crate::attention::Attention;
 use crate::cache::CodeCache;
-use crate::core::{Attention, Core};
+use crate::core::Core;
 use crate::engine_kind::EngineKind;
-use crate::exceptions::{Event, EventKind, Exception};
-use crate::flags::bit;
-use crate::memory::{Override, OverrideTarget};
+use crate::exceptions::{Event, EventKind};
 use crate::model::CpuModel;
 use crate::op::{REG_IP, Stop};
 use crate::translate::{FrameBox, Next, Translator};
 use guestmem::GuestMemory;
-use mmu::nested::{Absent, EptQualification};
-use mmu::{Counters, Fault, FaultKind, Intercepts, PagingState, TableRoot, TlbFlush};
+use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
 use std::sync::Arc;
-use vcpu::{Answer, ArchState, CachedTranslation, Entry, Exit, Vcpu, VcpuError};
+use vcpu::{ArchState, CachedTranslation, Entry, Exit, Vcpu, VcpuError};
 
 /// What makes the engine execute one instruction at a time.
 const ALONE: Attention =
     Attention::SHADOW.union(Attention::DEBUG).union(Attention::TRANSIENT).union(Attention::CODE_WRITE);
 
-/// What is to be done after [`SoftCpu::attend`] has looked.
-enum Attended {
-    /// Run instructions.
-    Run,
-    /// Look again: something was delivered, or is to be.
-    Again,
-    /// Leave the guest.
-    Leave(Exit),
-}
-
 /// The software CPU.
 pub struct SoftCpu {
-    core: FrameBox,
+    pub(crate) core: FrameBox,
     code: CodeCache,
     /// The engine, if it is not the interpreter alone.
     translator: Option<Translator>,
     /// The exit that waits for its answer.
-    pending: Option<Exit>,
+    pub(crate) pending: Option<Exit>,
 }
 
 impl SoftCpu {
@@ -106,50 +95,8 @@ impl SoftCpu {
         self.pending = None;
     }
 
-    /// Applies the answer to the last exit.
-    fn take_answer(&mut self, answer: Answer) -> Result<(), VcpuError> {
-        let Some(exit) = self.pending.take() else { return Ok(()) };
-        let core = &mut self.core;
-        match (&exit, &answer) {
-            (Exit::Fault(_), Answer::Done) => {}
-            (Exit::Fault(_), Answer::PageFault(fault)) => {
-                core.exception = Exception::page_fault(*fault);
-                self.except();
-            }
-            (Exit::Fault(fault), Answer::Mmio(gpa)) => core.override_mmio(fault, *gpa),
-            (Exit::Fault(fault), Answer::TableWrite { gpa, hpa }) => {
-                core.overrides.push(Override {
-                    page: fault.gva.page_base().0,
-                    kind: fault.access.kind,
-                    target: OverrideTarget::Table(gpa.page_base(), hpa.page_base()),
-                });
-                core.attention.insert(Attention::TRANSIENT);
-            }
-            // These are complete in themselves.
-            (
-                Exit::TableWritten(_)
-                | Exit::Hlt { .. }
-                | Exit::InterruptWindow
-                | Exit::Deadline
-                | Exit::TripleFault,
-                Answer::Done,
-            ) => {}
-            (Exit::Fault(_), _) | (_, Answer::PageFault(_) | Answer::Mmio(_) | Answer::TableWrite { .. }) => {
-                return Err(VcpuError::WrongAnswer {
-                    exit: format!("{exit:?}"),
-                    answer: format!("{answer:?}"),
-                });
-            }
-            _ => {
-                core.replay.push(answer);
-                core.attention.insert(Attention::TRANSIENT);
-            }
-        }
-        Ok(())
-    }
-
     /// Turns [`Core::exception`] into the event to be delivered, or into a double or triple fault.
-    fn except(&mut self) {
+    pub(crate) fn except(&mut self) {
         let core = &mut self.core;
         core.end_transient();
         // A task that cannot be entered is the one that runs all the same.
@@ -249,7 +196,7 @@ impl SoftCpu {
 
     /// What a stop means: an event to deliver, an exit, or blocks to drop.
     #[cold]
-    fn stopped(&mut self, stop: Stop) -> Result<Option<Exit>, VcpuError> {
+    pub(crate) fn stopped(&mut self, stop: Stop) -> Result<Option<Exit>, VcpuError> {
         self.core.replayed = 0;
         match stop {
             Stop::Exception => {
@@ -274,123 +221,8 @@ impl SoftCpu {
         }
     }
 
-    /// Looks at what wants attention before the next instruction, in the order of SDM Vol. 3 table 6-2.
-    #[cold]
-    fn attend(&mut self) -> Result<Attended, VcpuError> {
-        use Attended::{Again, Leave, Run};
-        if self.core.attention.contains(Attention::HOST_WRITES) {
-            self.core.attention.remove(Attention::HOST_WRITES);
-            self.drain_code_writes();
-        }
-        let core = &mut self.core;
-        if core.attention.contains(Attention::SHUTDOWN) {
-            return Ok(Leave(Exit::TripleFault));
-        }
-        if core.attention.contains(Attention::TABLE_STORES) && !core.attention.contains(Attention::TRANSIENT)
-        {
-            core.attention.remove(Attention::TABLE_STORES);
-            return Ok(Leave(Exit::TableWritten(std::mem::take(&mut core.table_stores))));
-        }
-        // What is left waits for the deadline. Of a change of the paging state the backend is told there, and an event is
-        // delivered through the tables as they are after it; and exceptions can follow one another for ever with no
-        // instruction between (an alignment check while an alignment check is delivered, a breakpoint on the first
-        // instruction of its own handler), each of them a tick.
-        if core.ticks >= core.deadline {
-            return Ok(Leave(Exit::Deadline));
-        }
-        if core.attention.contains(Attention::ARRIVAL) {
-            return self.arrive();
-        }
-        if core.attention.contains(Attention::EVENT) {
-            return self.deliver_event();
-        }
-        if core.attention.intersects(Attention::TRANSIENT | Attention::CODE_WRITE) {
-            return Ok(Run);
-        }
-        if core.attention.contains(Attention::NMI)
-            && !core.nmi_blocked
-            && !core.attention.contains(Attention::SHADOW)
-        {
-            core.attention.remove(Attention::NMI | Attention::HALTED);
-            core.event = Some(Event::of(2, EventKind::Nmi));
-            core.attention.insert(Attention::EVENT);
-            return self.deliver_event();
-        }
-        if core.attention.contains(Attention::WINDOW) && core.interruptible() {
-            core.attention.remove(Attention::WINDOW);
-            return Ok(Leave(Exit::InterruptWindow));
-        }
-        if core.attention.contains(Attention::HALTED) {
-            return Ok(Leave(Exit::Hlt { interruptible: core.flags.has(bit::IF) }));
-        }
-        if core.attention.contains(Attention::DEBUG) && core.instruction_breakpoint() {
-            self.except();
-            return Ok(Again);
-        }
-        Ok(Run)
-    }
-
-    /// Enters the task that was switched to. An event that switched to it is delivered only then: what fails on the way
-    /// is judged together with it.
-    fn arrive(&mut self) -> Result<Attended, VcpuError> {
-        match self.core.arrive() {
-            Ok(dr6) => {
-                self.core.attention.remove(Attention::ARRIVAL);
-                self.core.native.arrival = None;
-                self.delivered();
-                self.core.trap_of_task(dr6);
-                Ok(Attended::Again)
-            }
-            Err(stop) => Ok(self.stopped(stop)?.map_or(Attended::Again, Attended::Leave)),
-        }
-    }
-
-    /// Nothing of the event remains.
-    fn delivered(&mut self) {
-        self.core.attention.remove(Attention::EVENT | Attention::SHADOW);
-        self.core.event = None;
-        self.core.native.repeating = false;
-        self.stores_done();
-    }
-
-    /// What was being done is complete: answers are dropped, and so are blocks that it wrote to.
-    fn stores_done(&mut self) {
-        self.core.end_transient();
-        self.core.attention.remove(Attention::CODE_WRITE);
-        for (hpa, len) in std::mem::take(&mut self.core.code_writes_done) {
-            self.invalidate_code(hpa, len);
-        }
-    }
-
-    /// Delivers the event once. What fails on the way makes it worse (exception → double fault → shutdown) or replaces it.
-    fn deliver_event(&mut self) -> Result<Attended, VcpuError> {
-        match self.core.deliver() {
-            // Delivered to a task that is still to be entered.
-            Ok(()) if self.core.attention.contains(Attention::ARRIVAL) => {
-                self.stores_done();
-                Ok(Attended::Again)
-            }
-            Ok(()) => {
-                self.delivered();
-                Ok(Attended::Again)
-            }
-            Err(stop) => Ok(self.stopped(stop)?.map_or(Attended::Again, Attended::Leave)),
-        }
-    }
-
-    /// Delivers an event that waits for the deadline to pass, in no time: arriving at a handler is enough for a test.
-    #[cfg(test)]
-    pub(crate) fn deliver_pending(&mut self) {
-        while self.core.attention.contains(Attention::EVENT) {
-            match self.deliver_event() {
-                Ok(Attended::Again) => {}
-                _ => return,
-            }
-        }
-    }
-
     /// Drops blocks whose bytes were written by anything but this CPU.
-    fn drain_code_writes(&mut self) {
+    pub(crate) fn drain_code_writes(&mut self) {
         if self.core.memory.host().code_was_written() {
             for (hpa, len) in self.core.memory.host().take_code_writes() {
                 self.invalidate_code(hpa, len);
@@ -399,7 +231,7 @@ impl SoftCpu {
     }
 
     /// Drops what either engine made from these bytes.
-    fn invalidate_code(&mut self, hpa: guestmem::Hpa, len: u64) {
+    pub(crate) fn invalidate_code(&mut self, hpa: guestmem::Hpa, len: u64) {
         self.code.invalidate(&mut self.core, hpa, len);
         if let Some(translator) = &mut self.translator {
             translator.invalidate(&mut self.core, hpa, len);
@@ -423,26 +255,6 @@ fn within_limit(core: &mut Core, block: &crate::cache::Block, limit: usize, ip: 
     }
     let fit = block.ops[..limit].iter().take_while(|op| ip + u64::from(op.next) - 1 <= last).count();
     if fit == 0 { Err(core.gp(0)) } else { Ok(fit) }
-}
-
-impl Core {
-    /// Sends the faulting access to the devices, for the instruction under way.
-    fn override_mmio(&mut self, fault: &Fault, gpa: guestmem::Gpa) {
-        match fault.kind {
-            FaultKind::EptViolation { qualification, .. } | FaultKind::EptMisconfig { qualification, .. }
-                if !qualification.contains(EptQualification::LINEAR_FINAL) =>
-            {
-                // A guest table lies where nothing is: the walk finds all ones there, or loses its flags.
-                self.absent.push(Absent::new(gpa, qualification));
-            }
-            _ => self.overrides.push(Override {
-                page: fault.gva.page_base().0,
-                kind: fault.access.kind,
-                target: OverrideTarget::Mmio(gpa.page_base()),
-            }),
-        }
-        self.attention.insert(Attention::TRANSIENT);
-    }
 }
 
 impl Vcpu for SoftCpu {

@@ -5,7 +5,8 @@
 //! accesses may itself fault or exit; until all are done nothing but stack memory has changed, so a delivery that exits is
 //! simply done anew.
 
-use crate::core::{Attention, Core};
+use crate::attention::Attention;
+use crate::core::Core;
 use crate::flags::bit;
 use crate::memory::Who;
 use crate::op::Stop;

@@ -2,11 +2,16 @@
 //!
 //! The path of one access: [`engine`] finds the block at RIP ([`cache`], [`decode`]), runs its [`op`]s ([`exec`]), whose
 //! memory operands go through [`memory`]: a [`tlb`] hit, or the hardware walk ([`mmu::walk`], [`mmu::nested`]), or an exit.
+//! What comes between two instructions is seen to by [`attend`], and what the VMM has to say by [`answers`].
 //! Exceptions and interrupts are delivered by [`exceptions`]; [`segments`] loads descriptors; [`model`] says what CPUID
 //! says.
 //!
-//! Read in this order: [`core`], [`engine`], [`memory`], [`tlb`], [`cache`], [`decode`], [`op`], [`exec`], [`exceptions`].
+//! Read in this order: [`core`], [`operating_mode`], [`attention`], [`engine`], [`attend`], [`answers`], [`memory`], [`tlb`],
+//! [`cache`], [`decode`], [`op`], [`exec`], [`exceptions`].
 
+pub mod answers;
+pub mod attend;
+pub mod attention;
 pub mod avx;
 pub mod bulk;
 pub mod cache;
@@ -14,7 +19,7 @@ pub mod control;
 pub mod core;
 pub mod debug;
 pub mod decode;
-mod double_mapping;
+pub mod double_mapping;
 pub mod engine;
 mod engine_kind;
 pub mod exceptions;
@@ -27,6 +32,7 @@ pub mod model;
 pub mod msr;
 pub mod native;
 pub mod op;
+pub mod operating_mode;
 #[cfg(test)]
 mod oracle;
 pub mod raised;

@@ -10,7 +10,8 @@
 //! Rules that make restarting an instruction safe: an access that can stop stops before anything was changed, and every
 //! part of an access is translated before the first byte is written.
 
-use crate::core::{Attention, Core};
+use crate::attention::Attention;
+use crate::core::Core;
 use crate::op::Stop;
 use crate::tlb::TlbMode;
 use crate::width::Width;

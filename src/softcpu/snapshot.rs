@@ -1,6 +1,7 @@
 //! The CPU's architectural state as plain data, out and in; and what its TLB holds, out only.
 
-use crate::core::{Attention, Core};
+use crate::attention::Attention;
+use crate::core::Core;
 use crate::flags::bit;
 use crate::op::REG_IP;
 use crate::tlb::TlbMode;

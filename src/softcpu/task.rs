@@ -6,7 +6,8 @@
 //! *arrival* comes before the next instruction and goes through the new task's tables: its segments, the error code, the
 //! debug trap. What fails there is the new task's fault, as §7.3 has it, with the new task's EIP.
 
-use crate::core::{Attention, Core};
+use crate::attention::Attention;
+use crate::core::Core;
 use crate::exceptions::{Event, Exception};
 use crate::flags::bit;
 use crate::op::{Flow, Op, Stop};

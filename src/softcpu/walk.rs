@@ -4,7 +4,8 @@
 //! is one-dimensional over shadow tables, two-dimensional over the guest's tables through EPT (SDM Vol. 3 §4, §29.3); what it
 //! cannot resolve is the guest's own fault or an exit.
 
-use crate::core::{Attention, Core};
+use crate::attention::Attention;
+use crate::core::Core;
 use crate::exceptions::Exception;
 use crate::memory::{OverrideTarget, SegIndex, Target, Who};
 use crate::op::Stop;

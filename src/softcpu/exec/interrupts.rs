@@ -149,7 +149,7 @@ fn software_interrupt(core: &mut Core, op: &Op) -> Flow {
     }
     let kind = if op.aux == 1 { EventKind::PrivilegedSoftware { len } } else { EventKind::Software { len } };
     core.event = Some(Event::of(vector, kind));
-    core.attention.insert(crate::core::Attention::EVENT);
+    core.attention.insert(crate::attention::Attention::EVENT);
     let at = core.ip().wrapping_add(u64::from(op.off));
     core.set_ip(at);
     Ok(())

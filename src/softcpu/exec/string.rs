@@ -8,9 +8,10 @@
 
 use super::Selected;
 use super::address::checked;
+use crate::attention::Attention;
 use crate::bulk::Run;
 use crate::by_width;
-use crate::core::{Attention, Core};
+use crate::core::Core;
 use crate::decode::operand_segment;
 use crate::flags::bit::DF;
 use crate::op::{Flow, Op, Stop};

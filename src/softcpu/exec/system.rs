@@ -5,7 +5,8 @@
 
 use super::address::read_address;
 use super::{Selected, undefined};
-use crate::core::{Attention, Core};
+use crate::attention::Attention;
+use crate::core::Core;
 use crate::decode::{CodeMode, gpr};
 use crate::flags::bit;
 use crate::op::{EaKind, Flow, Handler, Op, Stop};

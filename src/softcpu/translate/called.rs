@@ -9,7 +9,8 @@
 use super::check::{SOLE_ACCESS, STRETCHES, Wants};
 use super::flag_state::{from_saved, to_saved};
 use super::run::WITHHELD;
-use crate::core::{Attention, Core};
+use crate::attention::Attention;
+use crate::core::Core;
 use crate::op::{Op, REG_IP, Stop};
 use crate::tlb::TlbSide;
 use guestmem::PAGE_SIZE;

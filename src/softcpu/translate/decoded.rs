@@ -6,7 +6,8 @@
 //! Manual: Intel SDM Vol. 1 §3.4.3 (flags); Vol. 3 §6.5 (faults are precise).
 
 use super::block::Parts;
-use super::classify::{FlagUse, Kind, Setting, classify, flag};
+use super::classify::{Kind, Setting, classify};
+use super::flag_use::{FlagUse, flag};
 use super::homes::Homes;
 use super::stretch::{self, Share, Stretch};
 use crate::core::Core;

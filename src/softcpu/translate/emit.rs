@@ -7,9 +7,9 @@
 
 use super::asm::{Asm, Label, Mark, Mem, Target, host};
 use super::check::Address;
-use super::classify::flag;
 use super::decoded::Insn;
 use super::flag_state::FlagState;
+use super::flag_use::flag;
 use super::gates::Gates;
 use super::guard::Place;
 use super::homes::Homes;

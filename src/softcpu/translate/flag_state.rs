@@ -7,8 +7,8 @@
 //! Manual: Intel SDM Vol. 2 "LAHF", "SAHF", "SETcc"; Vol. 1 §3.4.3.
 
 use super::asm::{Mem, host};
-use super::classify::flag;
 use super::emit::Emitter;
+use super::flag_use::flag;
 use super::layout::{field, hot};
 use super::recipe::Recipe;
 use crate::flags::bit;

@@ -8,7 +8,7 @@
 //! The path of one access: [`check`] (a hit: eight instructions), or [`guard`] where several share one → [`gates`] → `refill` in [`called`] →
 //! [`crate::memory`]'s walk → [`crate::tlb_inline`]; what cannot be filled → the interpreter → a fault, an exit, a device.
 //!
-//! Read in this order: [`layout`], [`mode`], [`classify`], [`decoded`], [`block`], [`stretch`], [`homes`], [`emit`],
+//! Read in this order: [`layout`], [`mode`], [`classify`], [`flag_use`], [`decoded`], [`block`], [`stretch`], [`homes`], [`emit`],
 //! [`flag_state`], [`check`], [`guard`], [`substitute`], [`flow`], [`stack`], [`system_calls`], [`interrupt_return`],
 //! [`gates`], [`called`], [`blocks`], [`crossing`], [`find`], [`translation`], [`run`].
 //!
@@ -20,6 +20,8 @@
 
 pub mod arena;
 pub mod asm;
+#[cfg(test)]
+mod asm_tests;
 pub mod block;
 pub mod blocks;
 pub mod called;
@@ -32,6 +34,7 @@ pub mod decoded;
 pub mod emit;
 pub mod find;
 pub mod flag_state;
+pub mod flag_use;
 pub mod flow;
 pub mod frame;
 pub mod gates;

@@ -4,10 +4,10 @@
 
 use super::asm::{Asm, Mem, cc, host};
 use super::check::{Address, Wants};
-use super::classify::flag;
 use super::decoded::Insn;
 use super::emit::{Emitter, TooMany};
 use super::flag_state::FlagState;
+use super::flag_use::flag;
 use super::layout::{Home, field, home, hot, segment_base, selector};
 use crate::core::{Core, Msrs};
 use crate::flags::bit;
