@@ -1,13 +1,13 @@
 //! Faults in the middle of a block: everything before the instruction is done, nothing of it and after it, and the RFLAGS
 //! that are pushed have every arithmetic flag, those too that no later instruction reads (SDM Vol. 3 §6.5, §6.12).
 
-use crate::program::{guarded, kernel, repeat, user};
+use crate::program::{guarded, guarded_user, kernel, repeat, user};
 use crate::strides::{Strides, check, check_in};
-use crate::world::{ABSENT, DATA, EDGE, READ_ONLY, ROOTS, STACK, TABLE, USER_DATA, USER_END, finish};
+use crate::world::{ABSENT, DATA, EDGE, READ_ONLY, STACK, USER_DATA, USER_END, finish};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-type Write = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+pub type Write = fn(&mut CodeAssembler) -> Result<(), IcedError>;
 
 /// What sets flags, each in its own way. R8 to R12 change from turn to turn; R13 is the address of data.
 const SETTERS: &[Write] = &[
@@ -115,6 +115,39 @@ fn stir(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.movq(xmm1, r10)
 }
 
+/// Turns of a loop, each with new operands, from `first` on.
+pub fn turns(
+    a: &mut CodeAssembler,
+    first: u64,
+    times: u64,
+    body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Result<(), IcedError> {
+    a.mov(r12, first)?;
+    repeat(a, times, |a| {
+        stir(a)?;
+        body(a)
+    })
+}
+
+/// Each of these between something before it and something behind it, which a fault leaves out.
+pub fn each(
+    a: &mut CodeAssembler,
+    user: bool,
+    ways: &[Write],
+    before: impl Fn(&mut CodeAssembler) -> Result<(), IcedError>,
+    behind: Write,
+) -> Result<(), IcedError> {
+    for way in ways {
+        let body = |a: &mut CodeAssembler| {
+            before(a)?;
+            way(a)?;
+            behind(a)
+        };
+        if user { guarded_user(a, body)? } else { guarded(a, body)? }
+    }
+    Ok(())
+}
+
 /// Every fault behind the flags of some setters, of all of them between all turns; and what kills the flags behind it.
 fn flags_then_fault(setters: &'static [Write]) -> crate::program::Program {
     kernel("flags", |a| {
@@ -122,21 +155,20 @@ fn flags_then_fault(setters: &'static [Write]) -> crate::program::Program {
         a.mov(rbp, ABSENT)?;
         a.mov(rsi, READ_ONLY)?;
         a.mov(rdi, 0x8000_0000_0000_0000u64)?;
-        a.mov(r12, 0x9e37_79b9_7f4a_7c15u64)?;
-        repeat(a, 45, |a| {
-            stir(a)?;
+        turns(a, 0x9e37_79b9_7f4a_7c15, 45, |a| {
             for (n, &set) in setters.iter().enumerate() {
-                for m in 0..FAULTS.len() / 3 {
-                    guarded(a, |a| {
-                        // DIV divides by it, and nothing else reads it.
-                        a.mov(r15d, 0)?;
-                        a.xor(r11, qword_ptr(r13 + 40))?;
-                        set(a)?;
-                        FAULTS[(3 * m + n) % FAULTS.len()](a)?;
-                        a.add(r8, r9)?;
-                        a.mov(qword_ptr(r13 + 40), r8)
-                    })?;
-                }
+                let faults: Vec<Write> =
+                    (0..FAULTS.len() / 3).map(|m| FAULTS[(3 * m + n) % FAULTS.len()]).collect();
+                let before = |a: &mut CodeAssembler| {
+                    // DIV divides by it, and nothing else reads it.
+                    a.mov(r15d, 0)?;
+                    a.xor(r11, qword_ptr(r13 + 40))?;
+                    set(a)
+                };
+                each(a, false, &faults, before, |a| {
+                    a.add(r8, r9)?;
+                    a.mov(qword_ptr(r13 + 40), r8)
+                })?;
             }
             Ok(())
         })?;
@@ -178,9 +210,7 @@ fn a_block_that_begins_with_a_fault_has_the_flags_of_the_block_before() {
     check(&kernel("block entry", |a| {
         a.mov(r13, DATA)?;
         a.mov(rbp, ABSENT)?;
-        a.mov(r12, 77u64)?;
-        repeat(a, 150, |a| {
-            stir(a)?;
+        turns(a, 77, 150, |a| {
             let (mut odd, mut even) = (a.create_label(), a.create_label());
             guarded(a, |a| {
                 a.sub(r8d, r9d)?;
@@ -209,11 +239,9 @@ fn accesses_over_the_end_of_a_page() {
     // The next page is there, is not, or may only be read: a fault in the second half has its address in CR2.
     for page in [DATA + 0x1000, ABSENT, READ_ONLY, READ_ONLY + 0x1000] {
         check(&kernel("page end", |a| {
-            a.mov(r12, 3u64)?;
-            repeat(a, 18, |a| {
+            turns(a, 3, 18, |a| {
                 // From nine bytes before the end on.
                 a.lea(rbx, r14 + (page as i32 - 10))?;
-                stir(a)?;
                 let ways: [Write; 16] = [
                     |a| a.mov(rax, qword_ptr(rbx)),
                     |a| a.mov(qword_ptr(rbx), r8),
@@ -236,15 +264,11 @@ fn accesses_over_the_end_of_a_page() {
                     |a| a.shld(dword_ptr(rbx), r9d, 5),
                     |a| a.bts(qword_ptr(rbx), r9),
                 ];
-                for way in ways {
+                let before = |a: &mut CodeAssembler| {
                     a.mov(rsp, STACK - 0x100)?;
-                    guarded(a, |a| {
-                        a.add(r11, r8)?;
-                        way(a)?;
-                        a.inc(r11)
-                    })?;
-                }
-                Ok(())
+                    a.add(r11, r8)
+                };
+                each(a, false, &ways, before, |a| a.inc(r11))
             })?;
             finish(a)
         }));
@@ -255,9 +279,7 @@ fn accesses_over_the_end_of_a_page() {
 fn pushes_and_calls_whose_stack_is_not_there() {
     // In user mode, so that the fault itself has a stack.
     let program = user("stack", |a| {
-        a.mov(r12, 5u64)?;
-        repeat(a, 40, |a| {
-            stir(a)?;
+        turns(a, 5, 40, |a| {
             let ways: [Write; 10] = [
                 |a| a.push(r8),
                 |a| a.push(r9w),
@@ -272,13 +294,12 @@ fn pushes_and_calls_whose_stack_is_not_there() {
             ];
             for (n, way) in ways.into_iter().enumerate() {
                 for at in [USER_END + 4, USER_END + 0x100, 0x8000_0000_0000_0010] {
-                    guard_user(a, |a| {
+                    let before = |a: &mut CodeAssembler| {
                         a.mov(rsp, at + (n as u64 & 1))?;
                         a.mov(rbp, USER_END)?;
-                        a.sbb(r8, r9)?;
-                        way(a)?;
-                        a.or(r8, r8)
-                    })?;
+                        a.sbb(r8, r9)
+                    };
+                    each(a, true, &[way], before, |a| a.or(r8, r8))?;
                 }
             }
             Ok(())
@@ -288,26 +309,12 @@ fn pushes_and_calls_whose_stack_is_not_there() {
     check(&crate::program::Program { ticks: 200_000, ..program });
 }
 
-/// As [`guarded`], for user code: the supervisor's cell is set by it before it begins, so R15 is where it goes on.
-fn guard_user(
-    a: &mut CodeAssembler,
-    body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
-) -> Result<(), IcedError> {
-    let mut behind = a.create_label();
-    a.lea(r15, ptr(behind))?;
-    body(a)?;
-    a.set_label(&mut behind)?;
-    a.nop()
-}
-
 #[test]
 fn what_a_fault_leaves_undone() {
     check(&kernel("undone", |a| {
-        a.mov(r12, 9u64)?;
         a.mov(rbp, ABSENT)?;
         a.mov(rsi, READ_ONLY)?;
-        repeat(a, 40, |a| {
-            stir(a)?;
+        turns(a, 9, 40, |a| {
             let ways: [Write; 12] = [
                 |a| a.xadd(qword_ptr(rsi), r8),
                 |a| a.cmpxchg(qword_ptr(rsi), r8),
@@ -326,14 +333,7 @@ fn what_a_fault_leaves_undone() {
                     a.rep().stosd()
                 },
             ];
-            for way in ways {
-                guarded(a, |a| {
-                    a.add(r10, r9)?;
-                    way(a)?;
-                    a.mov(r10d, 1)
-                })?;
-            }
-            Ok(())
+            each(a, false, &ways, |a| a.add(r10, r9), |a| a.mov(r10d, 1))
         })?;
         finish(a)
     }));
@@ -342,9 +342,7 @@ fn what_a_fault_leaves_undone() {
 #[test]
 fn divisions_that_overflow_in_a_loop() {
     check(&kernel("division", |a| {
-        a.mov(r12, 11u64)?;
-        repeat(a, 100, |a| {
-            stir(a)?;
+        turns(a, 11, 100, |a| {
             let ways: [Write; 6] = [
                 |a| a.div(r9),
                 |a| a.idiv(r10d),
@@ -353,132 +351,14 @@ fn divisions_that_overflow_in_a_loop() {
                 |a| a.idiv(r11b),
                 |a| a.div(qword_ptr(DATA)),
             ];
-            for way in ways {
-                guarded(a, |a| {
-                    a.mov(rdx, r8)?;
-                    a.sar(rdx, 40)?;
-                    way(a)?;
-                    a.add(rbx, rax)?;
-                    a.adc(rbx, rdx)
-                })?;
-            }
-            Ok(())
-        })?;
-        finish(a)
-    }));
-}
-
-/// Accesses of each kind, by RBX.
-const KINDS: [Write; 14] = [
-    |a| a.mov(rax, qword_ptr(rbx)),
-    |a| a.mov(byte_ptr(rbx), 3),
-    |a| a.mov(dword_ptr(rbx), r8d),
-    |a| a.add(r9, qword_ptr(rbx)),
-    |a| a.sub(qword_ptr(rbx), r9),
-    |a| a.lock().xadd(dword_ptr(rbx), r10d),
-    |a| a.cmpxchg(word_ptr(rbx), r11w),
-    |a| a.shl(qword_ptr(rbx), cl),
-    |a| a.cmp(byte_ptr(rbx), 7),
-    |a| a.setc(byte_ptr(rbx)),
-    |a| a.bt(qword_ptr(rbx), r8),
-    |a| a.movups(xmm2, xmmword_ptr(rbx)),
-    |a| a.movups(xmmword_ptr(rbx), xmm3),
-    |a| a.movq(qword_ptr(rbx), xmm1),
-];
-
-#[test]
-fn a_refill_that_stops_is_the_fault_of_its_instruction() {
-    // The first touch of a page by each kind of access, before anything has led to it: absent, read only, nobody's, and with a
-    // stack segment's fault. The page that is there is touched between, and forgotten again.
-    check(&kernel("refill", |a| {
-        a.mov(r12, 21u64)?;
-        repeat(a, 12, |a| {
-            stir(a)?;
-            for kind in KINDS {
-                for at in [ABSENT + 0x10, READ_ONLY + 0x20, 0x8000_0000_0000_0000, DATA + 0x40] {
-                    guarded(a, |a| {
-                        a.mov(rbx, at)?;
-                        a.invlpg(byte_ptr(rbx))?;
-                        a.adc(r8, r9)?;
-                        kind(a)?;
-                        a.xor(r8, r8)
-                    })?;
-                }
-            }
-            guarded(a, |a| {
-                a.mov(rbp, 0x8000_0000_0000_0000u64)?;
-                a.mov(rax, qword_ptr(rbp + 8))
+            let before = |a: &mut CodeAssembler| {
+                a.mov(rdx, r8)?;
+                a.sar(rdx, 40)
+            };
+            each(a, false, &ways, before, |a| {
+                a.add(rbx, rax)?;
+                a.adc(rbx, rdx)
             })
-        })?;
-        finish(a)
-    }));
-}
-
-#[test]
-fn a_refill_that_stops_for_the_user() {
-    let program = user("user refill", |a| {
-        a.mov(r12, 23u64)?;
-        repeat(a, 20, |a| {
-            stir(a)?;
-            for kind in KINDS {
-                for at in [USER_END + 0x18, DATA, ABSENT, 0x7fff_ffff_f000, 0x8000_0000_0000_0010] {
-                    guard_user(a, |a| {
-                        a.mov(rbx, at)?;
-                        a.sbb(r8, r9)?;
-                        kind(a)?;
-                        a.or(r8, r8)
-                    })?;
-                }
-            }
-            Ok(())
-        })?;
-        a.int(i32::from(crate::world::END))
-    });
-    check(&crate::program::Program { ticks: 200_000, ..program });
-}
-
-#[test]
-fn a_refill_that_stops_behind_sti() {
-    // Interrupts are held off for the instruction that faults, and come when its handler has returned, or behind it.
-    for after in [40, 41, 42, 43, 44, 45, 90, 91, 92, 93, 94, 95] {
-        let program = kernel("shadow", |a| {
-            a.mov(rbp, ABSENT)?;
-            a.mov(rsi, READ_ONLY)?;
-            a.mov(r12, 25u64)?;
-            repeat(a, 12, |a| {
-                stir(a)?;
-                for kind in
-                    [|a| a.mov(rax, qword_ptr(rbp)), |a| a.inc(dword_ptr(rsi)), |a| a.sub(qword_ptr(rbp), r8)]
-                        as [Write; 3]
-                {
-                    guarded(a, |a| {
-                        a.cli()?;
-                        a.sub(r8, r9)?;
-                        a.sti()?;
-                        kind(a)?;
-                        a.nop()
-                    })?;
-                }
-                Ok(())
-            })?;
-            finish(a)
-        });
-        check(&program.interrupt(after, 0x41).interrupt(after + 37, 0x42));
-    }
-}
-
-#[test]
-fn an_access_that_is_not_aligned_sets_no_flag_in_the_tables() {
-    // The alignment comes before the walk: the page stays one that was not accessed.
-    let (page, entry) = (DATA + 0x5000, ROOTS[0] + TABLE + ((DATA + 0x5000) >> 12) * 8);
-    check(&kernel("not aligned", |a| {
-        a.mov(r13, page)?;
-        repeat(a, 60, |a| {
-            a.and(qword_ptr(entry), !0x60)?;
-            a.invlpg(byte_ptr(r13))?;
-            guarded(a, |a| a.movaps(xmm2, xmmword_ptr(r13 + 8)))?;
-            guarded(a, |a| a.cmpxchg16b(xmmword_ptr(r13 + 24)))?;
-            a.add(rbx, qword_ptr(entry))
         })?;
         finish(a)
     }));

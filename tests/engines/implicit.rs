@@ -9,14 +9,31 @@ use iced_x86::code_asm::*;
 
 type Asm = CodeAssembler;
 
-/// Names R9 to R11 so often that a loop wants them in host registers.
-fn busy(a: &mut Asm, times: usize) -> Result<(), IcedError> {
-    for _ in 0..times {
-        a.add(r9, r10)?;
-        a.xor(r10, r11)?;
-        a.add(r11, r9)?;
-    }
-    Ok(())
+/// A loop around an instruction in which some registers are named often, and R9 to R11 so often that the loop wants them in
+/// host registers.
+fn among_busy(
+    a: &mut Asm,
+    often: &[AsmRegister64],
+    instruction: impl FnOnce(&mut Asm) -> Result<(), IcedError>,
+) -> Result<(), IcedError> {
+    a.mov(r9, 0x1234_5678u64)?;
+    a.mov(r10, 0x9abcu64)?;
+    a.mov(r11, 3u64)?;
+    a.movq(xmm1, r9)?;
+    repeat(a, 60, |a| {
+        instruction(a)?;
+        for &register in often {
+            a.add(register, r9)?;
+            a.add(register, r10)?;
+            a.add(register, r11)?;
+        }
+        for _ in 0..3 {
+            a.add(r9, r10)?;
+            a.xor(r10, r11)?;
+            a.add(r11, r9)?;
+        }
+        Ok(())
+    })
 }
 
 #[test]
@@ -40,20 +57,10 @@ fn lengths_of_strings_beside_a_base_that_is_one_of_them() {
 #[test]
 fn an_index_that_comes_into_the_base_in_a_loop() {
     check(&kernel("implicit lengths", |a| {
-        a.mov(r9, 0x1234_5678u64)?;
-        a.mov(r10, 0x9abcu64)?;
-        a.mov(r11, 3u64)?;
-        a.movq(xmm1, r9)?;
         a.xor(ecx, ecx)?;
-        repeat(a, 60, |a| {
-            a.pcmpistri(xmm1, xmmword_ptr(rcx + DATA as i32), 0x0c)?;
-            // Every other register is named often.
-            for register in [rax, rdx, rbx, rbp, rsi, rdi, r8, r12, r13, r15] {
-                a.add(register, r9)?;
-                a.add(register, r10)?;
-                a.add(register, r11)?;
-            }
-            busy(a, 3)
+        // Every register but the base.
+        among_busy(a, &[rax, rdx, rbx, rbp, rsi, rdi, r8, r12, r13, r15], |a| {
+            a.pcmpistri(xmm1, xmmword_ptr(rcx + DATA as i32), 0x0c)
         })?;
         finish(a)
     }));
@@ -62,19 +69,9 @@ fn an_index_that_comes_into_the_base_in_a_loop() {
 #[test]
 fn a_factor_that_is_a_product_too_in_a_loop() {
     check(&kernel("mulx", |a| {
-        a.mov(r9, 0x1234_5678u64)?;
-        a.mov(r10, 0x9abcu64)?;
-        a.mov(r11, 3u64)?;
         a.mov(edx, 0x1_0001u32)?;
-        repeat(a, 60, |a| {
-            a.mulx(rdx, r9, r10)?;
-            for register in [rax, rcx, rbx, rbp, rsi, rdi, r8, r12, r13, r15] {
-                a.add(register, r9)?;
-                a.add(register, r10)?;
-                a.add(register, r11)?;
-            }
-            busy(a, 3)
-        })?;
+        // Every register but the factor.
+        among_busy(a, &[rax, rcx, rbx, rbp, rsi, rdi, r8, r12, r13, r15], |a| a.mulx(rdx, r9, r10))?;
         finish(a)
     }));
 }

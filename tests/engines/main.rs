@@ -22,6 +22,7 @@ mod linear_width;
 mod operands;
 mod program;
 mod rare;
+mod refills;
 mod returns;
 mod seated;
 mod spaces;

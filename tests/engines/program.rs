@@ -144,10 +144,21 @@ pub fn guarded(
     a: &mut CodeAssembler,
     body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
 ) -> Result<(), IcedError> {
-    use iced_x86::code_asm::{ptr, qword_ptr, r15};
+    use iced_x86::code_asm::{qword_ptr, r15};
+    guarded_user(a, |a| {
+        a.mov(qword_ptr(crate::world::RESUME), r15)?;
+        body(a)
+    })
+}
+
+/// The same in user code, which cannot write the cell: for the user's faults R15 is looked at itself.
+pub fn guarded_user(
+    a: &mut CodeAssembler,
+    body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Result<(), IcedError> {
+    use iced_x86::code_asm::{ptr, r15};
     let mut behind = a.create_label();
     a.lea(r15, ptr(behind))?;
-    a.mov(qword_ptr(crate::world::RESUME), r15)?;
     body(a)?;
     a.set_label(&mut behind)?;
     a.nop()
