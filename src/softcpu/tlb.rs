@@ -238,7 +238,8 @@ impl Tlb {
         match side {
             TlbSide::Read => self.fill_read(key, lin, addend, global),
             TlbSide::Write => {
-                // What may be written may be read, and mostly is.
+                // What may be written may be read, and mostly is. Both are global or neither, so that neither outlives the
+                // other where contexts change.
                 if self.read.find(lin, key) != Some(addend) || self.read.is_global(lin, key) != global {
                     self.fill_read(key, lin, addend, global);
                 }
