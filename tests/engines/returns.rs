@@ -187,6 +187,21 @@ fn the_call_itself_changes_before_the_return() {
 }
 
 #[test]
+fn the_call_and_then_the_code_behind_it_change_before_the_return() {
+    // Now and then, so that the way back has been linked; the block of the call goes before what it leads to.
+    check(&called_back("both changed", |a| {
+        let mut over = a.create_label();
+        a.mov(rsi, rdi)?;
+        a.test(r14b, 7)?;
+        a.jnz(over)?;
+        a.xor(byte_ptr(rbp + 1), 1)?;
+        a.add(dword_ptr(r12), r14d)?;
+        a.set_label(&mut over)?;
+        a.nop()
+    }));
+}
+
+#[test]
 fn all_code_is_forgotten_before_the_return() {
     // Translations take for granted whether the system has switched AVX on.
     let mut program = called_back("forgotten", |a| toggle_cr4(a, CR4_OSXSAVE));
