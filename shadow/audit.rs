@@ -15,10 +15,10 @@ use crate::ShadowMmu;
 use crate::pages::{EntryRef, Page, PageId, Pages, frame_of, page_in};
 use crate::rights::turned_over;
 use crate::role::{Kind as PageKind, Leaf, Target};
-use crate::spte::{self, Kind, entry_of_key};
+use crate::spte::{self, ABSENT, Kind, entry_of_key};
 use crate::tracker::Tracked;
 use guestmem::{FrameMark, Gfn, PageSize, Slot};
-use mmu::entry::bits::{A, D};
+use mmu::entry::bits::{A, D, P};
 use mmu::{AuditError, PagingMode, Rights};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -96,10 +96,21 @@ impl Audit<'_> {
                 continue;
             }
             let at = EntryRef::new(id, index);
+            if raw == ABSENT.to_le_bytes() && !present {
+                self.absence(at, page)?;
+                continue;
+            }
             check((raw != [0; 8]) == present, "the entries present are marked as such", || self.place(at))?;
             self.entry(at, page, found)?;
         }
         Ok(())
+    }
+
+    /// A mark of a table out of sync stands for what the table said before.
+    fn absence(&self, at: EntryRef, page: &Page) -> Audited {
+        let leaf_table = page.role.kind == PageKind::Guest && page.role.level == 1;
+        let absent = leaf_table && (self.is_unsync(page) || self.mmu.guest_entry(at) & P == 0);
+        check(absent, "an entry marked absent is absent in the guest's table", || self.place(at))
     }
 
     fn entry(&self, at: EntryRef, page: &Page, found: &mut Found) -> Audited {

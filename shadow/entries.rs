@@ -82,7 +82,7 @@ impl ShadowMmu {
     }
 
     fn put(&mut self, at: EntryRef, raw: u64, gfn: Gfn, halves: u8) {
-        debug_assert_eq!(self.entry(at), 0);
+        debug_assert_eq!(spte::kind(self.entry(at), 4), Kind::Empty);
         let halves = if self.is_broken(Seeded::SplinterNotCounted) { 0 } else { halves };
         if halves != 0 {
             let (level, index) = (self.pages[at.page()].role.level, self.splinter_index(at));

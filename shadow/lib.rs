@@ -12,7 +12,7 @@
 //! 5. `rmap`: from a guest frame to the entries that map it;
 //! 6. `protect`: write protection of guest tables, and what follows when one is written; `unsync`: when one is written again
 //!    and again; `tracker`: the account of both;
-//! 7. `mmio`: device pages;
+//! 7. `absent`: entries known to be missing in the guest's table too; `mmio`: device pages;
 //! 8. `cr3`: roots, and the flushes that changes of control registers ask for; `splinter`: those of INVLPG; `owed`: their account;
 //! 9. `retire`: roots that go before that, because nobody will load them again; `reclaim`: what goes when the pool is full;
 //! 10. `dirty`: changes made by the host, and the dirty log;
@@ -22,6 +22,7 @@
 //! Assumed of the guest-physical map: no two guest frames share a host frame. Otherwise a table could be written through
 //! the other name of its frame, and write protection would not see it.
 
+mod absent;
 mod audit;
 mod audit_roots;
 mod broken;

@@ -22,6 +22,8 @@ pub struct Options {
     pub root_links: bool,
     /// When a frame is no table any more, let entries permit writes to it again, so that its next use does not fault.
     pub give_back: bool,
+    /// Mark entries that the guest's table lacks too, so that the CPU delivers the guest's own faults there without an exit.
+    pub absent_marks: bool,
     /// While CR0.WP = 0, give a read-only user page to the supervisor for writing instead of doing each store for it.
     pub wp_flip: bool,
     /// The most shadow pages there may be; `None` for as many as there are table frames. One fault needs up to six, and
@@ -45,6 +47,7 @@ impl Default for Options {
             dead_roots: true,
             root_links: true,
             give_back: true,
+            absent_marks: true,
             wp_flip: true,
             page_cap: None,
             audit_every_event: false,
@@ -66,6 +69,10 @@ impl Options {
         ("root-links", "a new root has the links of the kernel's half at once"),
         ("give-back", "a frame that is no table any more can be written without a fault"),
         (
+            "absent-marks",
+            "faults at entries that the guest's table is known to lack go to the guest without an exit",
+        ),
+        (
             "wp-flip",
             "with CR0.WP = 0, read-only user pages change hands instead of each store being done by the engine",
         ),
@@ -82,6 +89,7 @@ impl Options {
             "dead-roots" => &mut self.dead_roots,
             "root-links" => &mut self.root_links,
             "give-back" => &mut self.give_back,
+            "absent-marks" => &mut self.absent_marks,
             "wp-flip" => &mut self.wp_flip,
             _ => return None,
         })

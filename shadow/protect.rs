@@ -239,8 +239,8 @@ impl ShadowMmu {
 
     /// Makes an entry say what the guest's entry now says, or nothing.
     pub(crate) fn revalidate(&mut self, at: EntryRef, role: &Role) {
-        let old = self.entry(at);
         let raw = self.guest_entry(at);
+        let old = self.known_absent(at, raw);
         // Most writes are to what nothing is made from yet, or change nothing of what a link is made from.
         let kind = spte::kind(old, role.level);
         let eager = role.level == 1 && raw & P != 0 && (raw & A != 0 || self.assumes_accessed());

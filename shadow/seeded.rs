@@ -101,6 +101,10 @@ mmu::seeded_faults! {
         AbsentTableReadsZero = "absent-table-reads-zero",
         /// A flag set in a table of 4-byte entries is not seen in its shadow page of 8-byte entries, or the other way round.
         FlagOfOtherFormatMissed = "flag-of-other-format-missed",
+        /// An entry that is marked as absent stays so when the guest's becomes present.
+        AbsentMarkStays = "absent-mark-stays",
+        /// Entries are marked as absent without a look at the guest's.
+        AbsentMarkUnasked = "absent-mark-unasked",
         /// A table written again and again goes even if it is a CPU's root.
         FloodTakesRoots = "flood-takes-roots",
     }

@@ -19,9 +19,13 @@ const MARKER: u64 = 1 << 51;
 const GFN_LOW: u64 = (1 << 39) - 1;
 const GFN_TOP: u64 = 1 << 52;
 
+/// An entry that is empty, and known to be so because the guest's is not present either ([`crate::absent`]).
+pub(crate) const ABSENT: u64 = mmu::entry::bits::KNOWN_ABSENT;
+
 /// What an entry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
+    /// Not present; it may be marked [`ABSENT`].
     Empty,
     /// Marks a device page: malformed for the hardware, meaningful for the engine.
     Marker,
@@ -31,7 +35,7 @@ pub(crate) enum Kind {
 
 #[inline]
 pub(crate) fn kind(raw: u64, level: u8) -> Kind {
-    if raw == 0 {
+    if raw & P == 0 {
         Kind::Empty
     } else if raw & MARKER != 0 {
         Kind::Marker

@@ -26,7 +26,7 @@ use crate::ShadowMmu;
 use crate::pages::{EntryRef, PageId};
 use crate::role::Kind;
 use guestmem::{FrameMark, Gfn, Gpa, PAGE_SIZE, Slot};
-use mmu::{Counter, PageFault, PfCode, TlbFlush, Walk};
+use mmu::{Counter, PageFault, PfCode, TlbFlush, Walk, WalkEnd};
 use std::collections::VecDeque;
 
 /// So many tables may be out of sync. One more, and the shadow pages of the one that has been so for longest go: it is most
@@ -112,10 +112,11 @@ impl ShadowMmu {
 
     /// A write to a tracked frame has faulted, by this walk of the guest's. Whether the frame was let go out of sync, so that
     /// it can be written.
-    pub(crate) fn let_go(&mut self, gfn: Gfn, walk: &Walk) -> bool {
+    pub(crate) fn let_go(&mut self, gpa: Gpa, walk: &Walk) -> bool {
+        let gfn = gpa.frame();
         // Memory that is logged is not handed out unseen, and a table by which this very write is translated is in use.
         let in_use = |walk: &Walk| walk.steps().iter().any(|step| Gpa(step.address).frame() == gfn);
-        self.row == (gfn, ROW) && !in_use(walk) && self.unsync(gfn)
+        self.row == (gfn, ROW) && !self.answers_unseen_fault(gpa) && !in_use(walk) && self.unsync(gfn)
     }
 
     /// A fault is reflected, after this walk of the guest's: the guest may be about to write the entry that it ended at.
@@ -125,8 +126,9 @@ impl ShadowMmu {
         let gfn = Gpa(step.address).frame();
         let Some(tracked) = self.tracker.get(gfn) else { return };
         let copy_on_write = fault.code.contains(PfCode::PRESENT | PfCode::WRITE);
-        if copy_on_write || tracked.gain.0 >= ENOUGH_GAIN {
-            self.unsync(gfn);
+        let goes = (copy_on_write || tracked.gain.0 >= ENOUGH_GAIN) && self.unsync(gfn);
+        if !goes && walk.end == WalkEnd::NotPresent {
+            self.mark_absent(Gpa(step.address), &tracked);
         }
     }
 

@@ -226,7 +226,7 @@ pub fn life(data: &[u8]) -> Life {
     let mut take = Take::new(data);
     let choices = Choices {
         policy: take.u8(),
-        off: take.u8() & take.u8(),
+        off: u16::from_le_bytes([take.u8(), take.u8()]) & u16::from_le_bytes([take.u8(), take.u8()]),
         cap: match take.u8() {
             n @ 0..=127 => 8 + n % 16,
             _ => 0,

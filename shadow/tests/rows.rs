@@ -73,6 +73,47 @@ fn a_row_of_writes_costs_two_faults_and_its_first_use_one() {
     m.compare(0..0x300);
 }
 
+/// A program touches fresh memory page after page, and its kernel maps each.
+#[test]
+fn faults_at_entries_known_to_be_missing_go_to_the_guest_without_an_exit() {
+    let mut unsynced = Vec::new();
+    for absent_marks in [false, true] {
+        let mut m = guest(Options { absent_marks, ..Options::default() });
+        for page in 0..200 {
+            let gva = Gva(page * 0x1000);
+            assert!(matches!(m.access(gva, write(User)), Outcome::Fault(_)));
+            m.entry(TABLES[0], page, (DATA + page * 0x1000) | RW | A | D);
+            assert_eq!(m.access(gva, write(User)), Outcome::Memory(Gpa(DATA + page * 0x1000)));
+        }
+        assert_eq!(m.faults[2] + m.unseen, 200);
+        assert!(if absent_marks { m.faults[2] < 12 } else { m.unseen == 0 }, "{} unseen", m.unseen);
+        assert!(m.faults[0] < 8, "what is mapped is there at once: {:?}", m.faults);
+        unsynced.push(m.count(Counter::ShadowUnsynced));
+    }
+    assert_eq!(unsynced[0], unsynced[1], "marks do not make a row of single writes");
+}
+
+/// Marked entries that the guest fills without a fault: each is seen, and those past them make a row as ever.
+#[test]
+fn marked_entries_that_are_filled_in_a_row_are_not_seen_stale() {
+    let mut m = guest(Options { unsync: false, ..Options::default() });
+    row(&mut m, 0, 40, 1);
+    m.access(Gva(40 << 12), read(User));
+    assert!(matches!(m.access(Gva(0), read(User)), Outcome::Fault(_)));
+    assert_eq!(m.count(Counter::ShadowAbsentMarked), 32);
+    assert!(matches!(m.access(Gva(0x5000), read(User)), Outcome::Fault(_)));
+    assert_eq!((m.faults[2], m.unseen), (1, 1));
+    // Not accessed, so that nothing stands for it yet; a device's write; and one that leaves the entry absent.
+    m.entry(TABLES[0], 5, DATA | RW);
+    m.dma(Gpa(TABLES[0] + 6 * 8), &((DATA + 0x1000) | RW).to_le_bytes());
+    m.entry(TABLES[0], 7, 0x7000);
+    assert_eq!(m.access(Gva(0x5000), write(User)), Outcome::Memory(Gpa(DATA)));
+    assert_eq!(m.access(Gva(0x6000), write(User)), Outcome::Memory(Gpa(DATA + 0x1000)));
+    assert!(matches!(m.access(Gva(0x7000), write(User)), Outcome::Fault(_)));
+    assert_eq!((m.faults[2], m.unseen), (1, 2));
+    m.compare(0..0x300);
+}
+
 #[test]
 fn pages_are_as_many_with_and_without() {
     let mut pages = [0, 0];
@@ -298,10 +339,11 @@ proptest! {
     #[test]
     fn rows_and_roots_are_never_seen_stale(
         tlb: bool,
+        unsync: bool,
         page_cap in prop::option::weighted(0.2, 10usize..16),
         deeds in prop::collection::vec(deed(), 1..80),
     ) {
-        let mut m = guest(Options { page_cap, ..Options::default() });
+        let mut m = guest(Options { page_cap, unsync, ..Options::default() });
         m.tlb = tlb;
         m.forget();
         for deed in &deeds {

@@ -4,7 +4,7 @@
 
 use guestmem::{GuestMemory, Gva, Hpa};
 use mmu::nested::{Absent, EptFault, NestedFault, NestedMemory, walk_nested};
-use mmu::walk::{HostTables, denial, walk_access};
+use mmu::walk::{HostTables, absence, denial, walk_access};
 use mmu::{
     Access, AccessKind, Controls, PageFault, PagingState, Privilege, Rights, TableRoot, TlbFlush, Translation,
 };
@@ -14,6 +14,8 @@ use mmu::{
 pub enum Stop {
     /// A page fault of the walk.
     Page(PageFault),
+    /// A page fault that is the guest's own, as the shadow table says.
+    Guest(PageFault),
     /// An EPT violation or misconfiguration.
     Ept(EptFault),
 }
@@ -185,6 +187,9 @@ impl Hardware {
             TableRoot::Shadow { root, format, controls } => {
                 let mut tables = HostTables::new(memory.host());
                 let Ok(walked) = walk_access(*format, root.0, gva, access, controls, &mut tables, true);
+                if walked.walk.is_known_absent() {
+                    return Err(Stop::Guest(absence(gva, access, state)));
+                }
                 let t = walked.result.map_err(Stop::Page)?;
                 (Entry::new(gva, t.physical(gva.0), t.size.offset_mask(), &t, pcid), *controls)
             }

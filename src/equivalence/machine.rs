@@ -70,6 +70,8 @@ pub struct Machine {
     seen: [u32; SEEN],
     /// Faults taken, by answer: fixed, spurious, the guest's own, device, table write.
     pub answers: [u64; 5],
+    /// Faults of the guest's own that its backend was not asked about.
+    pub unseen: u64,
 }
 
 fn failed(doing: &'static str) -> impl Fn(mmu::MmuError) -> Broken {
@@ -104,7 +106,7 @@ impl Machine {
             let id = mmu.add_cpu(&state).map_err(failed("adding a CPU"))?;
             cpus.push(Cpu { id, state, hardware: Hardware::default() });
         }
-        Ok(Self { memory, mmu, cpus, seen: [0; SEEN], answers: [0; 5] })
+        Ok(Self { memory, mmu, cpus, seen: [0; SEEN], answers: [0; 5], unseen: 0 })
     }
 
     /// The guest's memory.
@@ -171,6 +173,10 @@ impl Machine {
             };
             let (kind, table) = match (stop, &root) {
                 (Stop::Page(fault), TableRoot::Nested { .. }) => {
+                    return Ok(Outcome::Fault(fault.code.bits()));
+                }
+                (Stop::Guest(fault), _) => {
+                    self.unseen += 1;
                     return Ok(Outcome::Fault(fault.code.bits()));
                 }
                 (Stop::Page(fault), _) => (FaultKind::Page(fault.code), None),

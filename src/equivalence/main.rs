@@ -84,7 +84,7 @@ fn ended(run: Result<Tally, Box<equivalence::Found>>) -> ExitCode {
 }
 
 fn matrix(stride: usize, plain: bool) -> ExitCode {
-    let choices = if plain { Choices { off: u8::MAX, ..Choices::default() } } else { Choices::default() };
+    let choices = if plain { Choices { off: u16::MAX, ..Choices::default() } } else { Choices::default() };
     for shape in SHAPES {
         for kind in Kind::ALL {
             let began = Instant::now();

@@ -93,7 +93,7 @@ pub struct Choices {
     /// The placement policy.
     pub policy: u8,
     /// Optimisations switched off, one bit each.
-    pub off: u8,
+    pub off: u16,
     /// How many frames tables may take, 0 for as many as there are.
     pub cap: u8,
 }

@@ -209,7 +209,7 @@ fn event() -> impl Strategy<Value = Event> {
 /// Random lives with up to `events` events.
 pub fn life(events: usize) -> impl Strategy<Value = Life> {
     let choices =
-        (any::<u8>(), prop_oneof![2 => Just(0), 1 => any::<u8>()], prop_oneof![2 => Just(0), 1 => 8u8..24])
+        (any::<u8>(), prop_oneof![2 => Just(0), 1 => any::<u16>()], prop_oneof![2 => Just(0), 1 => 8u8..24])
             .prop_map(|(policy, off, cap)| Choices { policy, off, cap });
     let discipline = prop::sample::select(vec![
         Discipline::NoTlb,

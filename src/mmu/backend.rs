@@ -48,7 +48,8 @@ bitflags::bitflags! {
         const INVLPG = 1 << 2;
         /// INVPCID.
         const INVPCID = 1 << 3;
-        /// Every page fault of the hardware walk.
+        /// Every page fault of the hardware walk, but for those at an entry that says the fault is the guest's own
+        /// ([`crate::entry::bits::KNOWN_ABSENT`]).
         const PAGE_FAULT = 1 << 4;
         /// WRPKRU and XRSTOR of PKRU.
         const PKRU = 1 << 5;

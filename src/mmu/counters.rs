@@ -66,6 +66,7 @@ counters! {
     TlbMisses "tlb_misses" "TLB misses walked";
     WalkReferences "walk_references" "memory references of the hardware walk";
     GuestPageFaults "guest_page_faults" "page faults delivered to the guest";
+    GuestFaultsUnseen "guest_faults_unseen" "page faults delivered without an exit, by a mark in the shadow table";
     GuestExceptions "guest_exceptions" "other exceptions delivered to the guest";
     TlbFlushes "tlb_flushes" "TLB flushes of a context or more";
     BlocksDecoded "blocks_decoded" "blocks of instructions decoded";
@@ -95,6 +96,7 @@ counters! {
     ShadowLargeSplit "shadow_large_split" "shadow: guest large pages mapped by small entries";
     ShadowEntriesZapped "shadow_entries_zapped" "shadow: leaf entries zapped";
     ShadowMmioEntries "shadow_mmio_entries" "shadow: entries that mark device pages";
+    ShadowAbsentMarked "shadow_absent_marked" "shadow: entries marked as absent in the guest's table too";
     ShadowWriteProtected "shadow_write_protected" "shadow: entries write protected";
     ShadowAccessedSet "shadow_accessed_set" "shadow: accessed flags set in guest tables";
     ShadowDirtySet "shadow_dirty_set" "shadow: dirty flags set in guest tables";

@@ -112,6 +112,10 @@ pub mod bits {
     /// Where the protection key begins (leaves, 4 bits).
     pub const PKEY_SHIFT: u32 = 59;
 
+    /// In an entry of a shadow table that is not present: neither is the guest's own, so the page fault is the guest's. A
+    /// CPU that knows this delivers it without an exit; for one that does not, the entry is not present and nothing more.
+    pub const KNOWN_ABSENT: u64 = 1 << 1;
+
     /// EPT: read.
     pub const EPT_R: u64 = 1 << 0;
     /// EPT: write.

@@ -9,6 +9,7 @@
 //! as a locked read-modify-write makes hardware do.
 
 use crate::access::{Access, PageFault, PfCode, Privilege};
+use crate::entry::bits::KNOWN_ABSENT;
 use crate::entry::{Entry, EntryFormat, Rights};
 use crate::paging::{Controls, PagingMode, PagingState};
 pub use crate::tables::{GuestTables, HostTables};
@@ -102,6 +103,12 @@ impl Walk {
         &self.steps[..usize::from(self.count)]
     }
 
+    /// Whether it ended, over shadow tables, at an entry that says the fault is the guest's own.
+    #[inline]
+    pub fn is_known_absent(&self) -> bool {
+        self.end == WalkEnd::NotPresent && self.steps().last().is_some_and(|step| step.raw == KNOWN_ABSENT)
+    }
+
     /// The level of the last entry read, 0 if none was.
     #[inline]
     pub fn last_level(&self) -> u8 {
@@ -139,6 +146,16 @@ impl Trail for () {
     fn clear(&mut self) {}
     #[inline]
     fn step(&mut self, _level: u8, _address: u64, _raw: u64, _above: u64) {}
+}
+
+/// The last entry alone.
+impl Trail for u64 {
+    #[inline]
+    fn clear(&mut self) {}
+    #[inline]
+    fn step(&mut self, _level: u8, _address: u64, raw: u64, _above: u64) {
+        *self = raw;
+    }
 }
 
 impl Trail for Walk {
@@ -353,6 +370,41 @@ pub fn translate_access<F: EntryFormat, M: TableMemory>(
     let start = Start::root(format, root);
     let end = descend(format, start, gva.0, memory, true, |leaf| verdict(leaf, access, controls), &mut ())?;
     Ok(judge(&end, gva, access, controls))
+}
+
+/// What a walk over shadow tables ends in, if not in a translation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShadowFault {
+    /// The entry says that the fault is the guest's own.
+    Guest,
+    /// Only the backend knows whose it is; the error code is the hardware's.
+    Backend(PfCode),
+}
+
+/// As [`walk_access`] over shadow tables, for a CPU that wants the answer alone.
+#[inline]
+pub fn translate_shadow<F: EntryFormat, M: TableMemory>(
+    format: F,
+    root: u64,
+    gva: Gva,
+    access: &Access,
+    controls: &Controls,
+    memory: &mut M,
+) -> Result<Result<Translation, ShadowFault>, M::Error> {
+    let start = Start::root(format, root);
+    let mut last = 0;
+    let end = descend(format, start, gva.0, memory, true, |leaf| verdict(leaf, access, controls), &mut last)?;
+    Ok(match end {
+        WalkEnd::NotPresent if last == KNOWN_ABSENT => Err(ShadowFault::Guest),
+        end => judge(&end, gva, access, controls).map_err(|fault| ShadowFault::Backend(fault.code)),
+    })
+}
+
+/// The guest's own page fault at an entry that is not present in its tables, by the guest's own control bits: an engine
+/// may have others in force, and the error code depends on them.
+#[inline]
+pub fn absence(gva: Gva, access: &Access, state: &PagingState) -> PageFault {
+    PageFault { gva, code: access_code(access, &state.controls()) }
 }
 
 #[inline]

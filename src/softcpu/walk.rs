@@ -12,7 +12,7 @@ use crate::op::Stop;
 use crate::tlb::TlbSide;
 use guestmem::{FrameMark, Gva, Hpa, PAGE_SIZE, PageSize};
 use mmu::nested::{NestedFault, NestedMemory, walk_nested};
-use mmu::walk::{HostTables, translate_access};
+use mmu::walk::{HostTables, ShadowFault, absence, access_code, translate_shadow};
 use mmu::{Access, AccessKind, Counter, Fault, FaultKind, Intercepts, PageFault, Privilege, TableRoot};
 use vcpu::state::seg;
 use vcpu::{Exit, VcpuError};
@@ -112,17 +112,29 @@ impl Core {
         let (hpa, size, global) = match self.root {
             TableRoot::Shadow { root, format, controls } => {
                 let mut tables = HostTables::new(self.memory.host());
-                let Ok(result) = translate_access(format, root.0, gva, access, &controls, &mut tables);
+                let Ok(result) = translate_shadow(format, root.0, gva, access, &controls, &mut tables);
                 let references = tables.references;
                 self.counters.add(Counter::WalkReferences, references);
                 match result {
                     Ok(t) => (Hpa(t.physical(lin)), t.size, t.global && controls.global),
-                    Err(fault) if self.intercepts.contains(Intercepts::PAGE_FAULT) => {
-                        let kind = FaultKind::Page(fault.code);
-                        self.exit = Some(Exit::Fault(Fault { gva, access: *access, kind }));
-                        return Err(Stop::Exit);
+                    // What the entry says may be of before a store that the backend has not been told of yet.
+                    Err(ShadowFault::Guest) if self.table_stores.is_empty() => {
+                        self.counters.count(Counter::GuestFaultsUnseen);
+                        return Err(self.page_fault(absence(gva, access, &self.paging)));
                     }
-                    Err(fault) => return Err(self.page_fault(fault)),
+                    Err(fault) => {
+                        let absent = access_code(access, &controls);
+                        let code = if let ShadowFault::Backend(code) = fault { code } else { absent };
+                        if self.intercepts.contains(Intercepts::PAGE_FAULT) {
+                            self.exit = Some(Exit::Fault(Fault {
+                                gva,
+                                access: *access,
+                                kind: FaultKind::Page(code),
+                            }));
+                            return Err(Stop::Exit);
+                        }
+                        return Err(self.page_fault(PageFault { gva, code }));
+                    }
                 }
             }
             TableRoot::Nested { root, format } => {

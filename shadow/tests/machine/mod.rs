@@ -8,7 +8,7 @@ use guestmem::{
     Backing, Gfn, Gpa, GuestMemory, Gva, Hpa, MemoryConfig, Policy, RegionConfig, RegionKind, Slot,
 };
 use mmu::paging::bits::*;
-use mmu::walk::{GuestTables, HostTables, denial, walk_access, walk_guest};
+use mmu::walk::{GuestTables, HostTables, absence, denial, walk_access, walk_guest};
 use mmu::{
     Access, AccessKind, Controls, CpuId, Fault, FaultKind, InvpcidKind, MmuBackend, PageFault, PagingMode,
     PagingState, PfCode, Privilege, Resolution, TableRoot, TlbFlush, Translation,
@@ -62,6 +62,8 @@ pub struct Machine {
     pub tlb: bool,
     /// Faults taken, by outcome: fixed, spurious, guest's, device, table write.
     pub faults: [u64; 5],
+    /// Faults of the guest's own that went to it without an exit.
+    pub unseen: u64,
 }
 
 pub fn regions() -> Vec<RegionConfig> {
@@ -141,7 +143,7 @@ impl Machine {
                 Cpu { id: mmu.add_cpu(&state).unwrap(), state, tlb: Vec::new() }
             })
             .collect();
-        Self { memory, model: make(Policy::Linear), mmu, cpus, tlb: true, faults: [0; 5] }
+        Self { memory, model: make(Policy::Linear), mmu, cpus, tlb: true, faults: [0; 5], unseen: 0 }
     }
 
     /// A machine with the audit after every event.
@@ -184,6 +186,14 @@ impl Machine {
             TableRoot::Shadow { root, format, controls } => (root, format, controls),
             other => panic!("{other:?} is no shadow root"),
         }
+    }
+
+    /// Whether the shadow table says itself that the fault is the guest's own.
+    fn is_known_absent(&self, cpu: usize, gva: Gva, access: &Access) -> bool {
+        let (root, format, controls) = self.translation(cpu);
+        let mut tables = HostTables::new(self.memory.host());
+        let Ok(walked) = walk_access(format, root.0, gva, access, &controls, &mut tables, false);
+        walked.walk.is_known_absent()
     }
 
     fn lookup(&mut self, cpu: usize, gva: Gva, access: &Access) -> Result<Hpa, PageFault> {
@@ -231,6 +241,10 @@ impl Machine {
             };
             let fault = Fault { gva, access: *access, kind: FaultKind::Page(fault.code) };
             let (id, state) = (self.cpus[cpu].id, self.cpus[cpu].state);
+            if self.is_known_absent(cpu, gva, access) {
+                self.unseen += 1;
+                return Outcome::Fault(absence(gva, access, &state));
+            }
             match self.mmu.fault(id, &fault, &state).unwrap() {
                 Resolution::Fixed(flush) => {
                     self.faults[0] += 1;

@@ -62,6 +62,6 @@ fn five_levels() {
 /// combinations are made of.
 #[test]
 fn without_optimisations() {
-    let plain = Choices { off: u8::MAX, ..Choices::default() };
+    let plain = Choices { off: u16::MAX, ..Choices::default() };
     complete(&covered(&SHAPES, plain, 13), &CODES);
 }
