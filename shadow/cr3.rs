@@ -143,6 +143,7 @@ impl ShadowMmu {
 
     /// Notes a CPU's state, for the root that it has by now.
     fn follow(&mut self, cpu: CpuId, state: &PagingState) {
+        self.forget_write();
         let root = self.cpus[usize::from(cpu.0)].root;
         let table = self.table_root(state, root);
         self.cpus[usize::from(cpu.0)] = Cpu { state: *state, root, table };

@@ -65,7 +65,7 @@ impl ShadowMmu {
             return Ok(Resolution::Mmio(gpa));
         }
         let frames_before = self.frames_in_use();
-        let resolution = self.resolve_by_walk(cpu, gva, &access, state);
+        let resolution = self.resolve_by_walk(cpu, fault, state);
         self.counters.add(Counter::FramesOnDemand, self.frames_in_use() - frames_before);
         self.path.clear();
         resolution
@@ -78,10 +78,10 @@ impl ShadowMmu {
     fn resolve_by_walk(
         &mut self,
         cpu: CpuId,
-        gva: Gva,
-        access: &Access,
+        fault: &Fault,
         state: &PagingState,
     ) -> Result<Resolution, MmuError> {
+        let Fault { gva, ref access, .. } = *fault;
         let mut tables = GuestTables::new(&self.memory);
         let set_flags = !self.is_broken(Seeded::FlagsNotSet);
         let walked = walk_guest(state, gva, access, &mut tables, set_flags);
@@ -125,6 +125,7 @@ impl ShadowMmu {
             if !self.is_broken(Seeded::TableWritesUnlogged) {
                 self.memory.dirty().mark(gpa.frame());
             }
+            self.remember_write(cpu, fault, gpa, &walked.walk);
             return Ok(Resolution::TableWrite(gpa));
         }
         Err(broken("an access that the guest's tables permit can be mapped", gva))

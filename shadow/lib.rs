@@ -11,7 +11,8 @@
 //! 4. `pages`: the cache of shadow pages; `entries`: putting entries in and taking them out;
 //! 5. `rmap`: from a guest frame to the entries that map it;
 //! 6. `protect`: write protection of guest tables, and what follows when one is written; `unsync`: when one is written again
-//!    and again; `tracker`: the account of both;
+//!    and again; `recall`: the last
+//!    write remembered; `tracker`: the account of all that;
 //! 7. `absent`: entries known to be missing in the guest's table too; `mmio`: device pages;
 //! 8. `cr3`: roots, and the flushes that changes of control registers ask for; `splinter`: those of INVLPG; `owed`: their account;
 //! 9. `retire`: roots that go before that, because nobody will load them again; `reclaim`: what goes when the pool is full;
@@ -35,6 +36,7 @@ mod options;
 mod owed;
 mod pages;
 mod protect;
+mod recall;
 mod reclaim;
 mod retire;
 mod rights;
@@ -78,6 +80,8 @@ pub struct ShadowMmu {
     /// The table that the last trapped writes were to, and how many, if the guest has done nothing else since ([`unsync`]).
     row: (Gfn, u8),
     unsynced: UnsyncedTables,
+    /// The last table write, while the next by the same way is answered alike ([`recall`]).
+    recalled: Option<recall::Recalled>,
     /// How many roots were made, for their age.
     roots_made: u32,
     cpus: Vec<Cpu>,
@@ -104,6 +108,7 @@ impl ShadowMmu {
             pdpte_sets: PdpteSets::default(),
             row: (Gfn(0), 0),
             unsynced: UnsyncedTables::default(),
+            recalled: None,
             roots_made: 0,
             cpus: Vec::new(),
             path: Path::default(),
@@ -191,6 +196,7 @@ impl MmuBackend for ShadowMmu {
     fn add_cpu(&mut self, state: &PagingState) -> Result<CpuId, MmuError> {
         let id = CpuId(self.cpus.len() as u16);
         let root = self.take_root(state)?;
+        self.forget_write();
         self.cpus.push(Cpu { state: *state, root, table: self.table_root(state, root) });
         self.checked(id)
     }
@@ -217,11 +223,16 @@ impl MmuBackend for ShadowMmu {
             .into());
         };
         self.adopt(cpu, state)?;
+        if let Some(gpa) = self.recalled_write(cpu, fault) {
+            return self.checked(Resolution::TableWrite(gpa));
+        }
+        self.forget_write();
         let resolution = self.resolve(cpu, fault, code, state)?;
         self.checked(resolution)
     }
 
     fn guest_table_written(&mut self, gpa: Gpa, len: u64) -> Result<TlbFlush, MmuError> {
+        self.forget_write_but_to(gpa.frame());
         self.table_written(gpa, len);
         let flush = self.pay(TlbFlush::None);
         self.checked(flush)
@@ -235,6 +246,7 @@ impl MmuBackend for ShadowMmu {
 
     fn invlpg(&mut self, cpu: CpuId, gva: Gva, state: &PagingState) -> Result<TlbFlush, MmuError> {
         self.adopt(cpu, state)?;
+        self.forget_write();
         self.end_row();
         let pieces = self.splinters.may_hold_pieces(gva) && !self.is_broken(Seeded::InvlpgLeavesPieces);
         let flush = if pieces { TlbFlush::All } else { TlbFlush::Page(gva) };
@@ -251,6 +263,7 @@ impl MmuBackend for ShadowMmu {
         state: &PagingState,
     ) -> Result<TlbFlush, MmuError> {
         self.adopt(cpu, state)?;
+        self.forget_write();
         self.end_row();
         let pieces = self.splinters.may_hold_pieces(gva) && !self.is_broken(Seeded::InvpcidLeavesPieces);
         let flush = match kind {
@@ -286,6 +299,7 @@ impl MmuBackend for ShadowMmu {
     }
 
     fn memory_changed(&mut self, frames: std::ops::Range<Gfn>) -> Result<TlbFlush, MmuError> {
+        self.forget_write();
         self.map_changed(frames)?;
         let flush = self.pay(self.seeded_change_flush());
         self.checked(flush)

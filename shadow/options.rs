@@ -24,6 +24,8 @@ pub struct Options {
     pub give_back: bool,
     /// Mark entries that the guest's table lacks too, so that the CPU delivers the guest's own faults there without an exit.
     pub absent_marks: bool,
+    /// Answer a table write through the page that the last one went through without a walk of the guest's tables.
+    pub write_recall: bool,
     /// While CR0.WP = 0, give a read-only user page to the supervisor for writing instead of doing each store for it.
     pub wp_flip: bool,
     /// The most shadow pages there may be; `None` for as many as there are table frames. One fault needs up to six, and
@@ -48,6 +50,7 @@ impl Default for Options {
             root_links: true,
             give_back: true,
             absent_marks: true,
+            write_recall: true,
             wp_flip: true,
             page_cap: None,
             audit_every_event: false,
@@ -72,6 +75,7 @@ impl Options {
             "absent-marks",
             "faults at entries that the guest's table is known to lack go to the guest without an exit",
         ),
+        ("write-recall", "table writes through the page of the last one are answered without a walk"),
         (
             "wp-flip",
             "with CR0.WP = 0, read-only user pages change hands instead of each store being done by the engine",
@@ -90,6 +94,7 @@ impl Options {
             "root-links" => &mut self.root_links,
             "give-back" => &mut self.give_back,
             "absent-marks" => &mut self.absent_marks,
+            "write-recall" => &mut self.write_recall,
             "wp-flip" => &mut self.wp_flip,
             _ => return None,
         })

@@ -105,6 +105,8 @@ mmu::seeded_faults! {
         AbsentMarkStays = "absent-mark-stays",
         /// Entries are marked as absent without a look at the guest's.
         AbsentMarkUnasked = "absent-mark-unasked",
+        /// What is remembered of the last table write stays when another table is written.
+        RecalledWriteStays = "recalled-write-stays",
         /// A table written again and again goes even if it is a CPU's root.
         FloodTakesRoots = "flood-takes-roots",
     }

@@ -43,7 +43,7 @@ const ENOUGH_GAIN: u8 = 1;
 /// As many changed entries make a sync worth while.
 const WORTH: usize = 2;
 /// So many trapped writes in a row, and the next lets go of the table.
-const ROW: u8 = 1;
+pub(crate) const ROW: u8 = 1;
 
 /// A table that is out of sync, with what it said when it was let go: its shadow entries stand for that.
 #[derive(Debug)]
@@ -137,14 +137,8 @@ impl ShadowMmu {
         if !self.options.unsync || self.memory.dirty().is_active() {
             return false;
         }
-        let Some(tracked) = self.tracker.get(gfn) else { return false };
         let Slot::Ram(frame) = self.memory.slot(gfn) else { return false };
-        let leaf_table = |id: PageId| {
-            let role = &self.pages[id].role;
-            role.kind == Kind::Guest && role.level == 1
-        };
-        if tracked.unsync || gfn.0 >= self.rmap.end() || !self.pages.same_frame(tracked.first).all(leaf_table)
-        {
+        if self.tracker.is_unsync(gfn) || gfn.0 >= self.rmap.end() || !self.is_leaf_table(gfn) {
             return false;
         }
         self.end_row();
@@ -165,6 +159,16 @@ impl ShadowMmu {
             self.zap_unsynced(self.unsynced.tables[0].gfn);
         }
         true
+    }
+
+    /// Whether a frame is tracked, and its shadow pages are all those of a leaf table.
+    pub(crate) fn is_leaf_table(&self, gfn: Gfn) -> bool {
+        let Some(tracked) = self.tracker.get(gfn) else { return false };
+        let leaf_table = |id: PageId| {
+            let role = &self.pages[id].role;
+            role.kind == Kind::Guest && role.level == 1
+        };
+        self.pages.same_frame(tracked.first).all(leaf_table)
     }
 
     /// A page of this frame is wanted, `known` if it is there. If the frame is out of sync, it must not stay so. Nothing

@@ -118,7 +118,7 @@ impl Machine {
             Resolution::Mmio(gpa) => (mmu::TlbFlush::None, Answer::Mmio(gpa)),
             Resolution::TableWrite(gpa) => (mmu::TlbFlush::None, self.permit_table_write(gpa)?),
         };
-        self.apply(Ok(flush))?;
+        self.apply_flush(flush);
         Ok(answer)
     }
 

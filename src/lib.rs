@@ -67,6 +67,7 @@ pub mod session;
 pub mod startup;
 pub mod stopwatch;
 pub mod tables;
+mod trace;
 
 pub use backend::{MmuKind, MmuOptions};
 pub use clock::ClockKind;

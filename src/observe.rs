@@ -21,6 +21,17 @@ impl Machine {
         all
     }
 
+    /// Faults that left the guest.
+    pub fn faults_taken(&self) -> u64 {
+        let causes = [Counter::ExitPageFault, Counter::ExitEptViolation, Counter::ExitEptMisconfig];
+        causes.iter().map(|&c| self.counters.get(c)).sum()
+    }
+
+    /// The sum of what became of them.
+    pub fn fault_outcomes(&self) -> u64 {
+        crate::measure::OUTCOMES.iter().map(|&c| self.counters.get(c)).sum()
+    }
+
     /// What the run that ended in `ended` was and cost.
     pub fn report(&self, ended: &Result<End, Error>) -> Report {
         let counts = self.counts();

@@ -224,10 +224,12 @@ fn event(take: &mut Take<'_>) -> Event {
 /// The life that bytes describe.
 pub fn life(data: &[u8]) -> Life {
     let mut take = Take::new(data);
+    let (policy, off, cap) = (take.u8(), take.u8() & take.u8(), take.u8());
     let choices = Choices {
-        policy: take.u8(),
-        off: u16::from_le_bytes([take.u8(), take.u8()]) & u16::from_le_bytes([take.u8(), take.u8()]),
-        cap: match take.u8() {
+        policy,
+        // The switches past the first eight are of the byte that says how many tables there may be.
+        off: u16::from(off) | u16::from(cap >> 4 & 7) << 8,
+        cap: match cap {
             n @ 0..=127 => 8 + n % 16,
             _ => 0,
         },

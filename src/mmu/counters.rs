@@ -100,6 +100,7 @@ counters! {
     ShadowWriteProtected "shadow_write_protected" "shadow: entries write protected";
     ShadowAccessedSet "shadow_accessed_set" "shadow: accessed flags set in guest tables";
     ShadowDirtySet "shadow_dirty_set" "shadow: dirty flags set in guest tables";
+    ShadowWritesRecalled "shadow_writes_recalled" "shadow: table writes answered as the last one was, without a walk";
     ShadowUnsynced "shadow_unsynced" "shadow: guest tables let go out of sync";
     ShadowSynced "shadow_synced" "shadow: guest tables synced again";
     ShadowFloodZaps "shadow_flood_zaps" "shadow: pages zapped for a flood of writes";
