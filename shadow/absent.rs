@@ -2,7 +2,7 @@
 //!
 //! A program that touches fresh memory page after page faults at each of them, and each fault is the guest's: its table has
 //! no entry yet. Asking the backend costs an exit and a walk of the guest's tables, for an answer that was clear before.
-//! So a reflected fault for want of a page leaves marks behind: the shadow entries from there on for which the guest's table
+//! So such a fault, when the last thing seen of the guest was a write to the same table, leaves marks behind: the shadow entries from there on for which the guest's table
 //! has nothing either say so ([`ABSENT`]), and the CPU delivers the guest's fault there by itself. A VMX processor can be
 //! told the same by its page-fault error-code mask (SDM Vol. 3 §26.2), if empty entries have a reserved bit set and
 //! marked ones have not.
@@ -11,13 +11,13 @@
 //! the mark away. While a table is out of sync nothing leads to its marks, and the sync looks at every entry that has
 //! changed.
 //!
-//! The price: nobody sees those faults, and a row of writes ([`crate::unsync`]) ends with a fault reflected. Therefore a write
-//! to a marked entry counts as the answer to a fault, and begins a new row; a guest that fills the marked entries without
-//! having faulted there pays a trap for each. Only as many as [`RUN`] are marked at once.
+//! Nobody sees those faults, but that there were some is told before the next fault ([`mmu::MmuBackend::guest_faulted`]), because a
+//! row of writes ([`crate::unsync`]) ends with a fault of the guest's. The price is a look at [`RUN`] entries for each fault
+//! that is reflected, and at most one more trapped write for each table.
 
 use crate::Seeded;
 use crate::ShadowMmu;
-use crate::pages::{EntryRef, PageId, write};
+use crate::pages::{EntryRef, write};
 use crate::role::Kind;
 use crate::spte::ABSENT;
 use crate::tracker::Tracked;
@@ -67,20 +67,5 @@ impl ShadowMmu {
             return 0;
         }
         old
-    }
-
-    /// Whether a write to the guest's entry at `gpa` is likely the guest's answer to a fault that went to it without
-    /// an exit.
-    pub(crate) fn answers_unseen_fault(&self, gpa: Gpa) -> bool {
-        let first = self.tracker.get(gpa.frame()).map_or(0, |tracked| tracked.first);
-        let marked = |id: PageId| {
-            let role = &self.pages[id].role;
-            let offset = gpa.page_offset();
-            role.kind == Kind::Guest
-                && role
-                    .shadow_indexes(offset, offset)
-                    .any(|index| self.entry(EntryRef::new(id, index)) == ABSENT)
-        };
-        self.pages.same_frame(first).any(marked)
     }
 }

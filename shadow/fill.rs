@@ -105,8 +105,9 @@ impl ShadowMmu {
             }
             _ => {}
         }
-        let let_go =
-            access.is_write() && self.tracker.is_tracked(gpa.frame()) && self.let_go(gpa, &walked.walk);
+        let let_go = access.is_write()
+            && self.tracker.is_tracked(gpa.frame())
+            && self.let_go(gpa.frame(), &walked.walk);
         let filled = self.fill(cpu, gva, access, state, &walked.walk, translation.dirty)?;
         // An answer other than `Fixed` carries no flush, so a flush that is owed goes first; the retry finds the rest done.
         let flush = self.pay(TlbFlush::None);

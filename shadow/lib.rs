@@ -231,6 +231,10 @@ impl MmuBackend for ShadowMmu {
         self.checked(resolution)
     }
 
+    fn guest_faulted(&mut self) {
+        self.end_row();
+    }
+
     fn guest_table_written(&mut self, gpa: Gpa, len: u64) -> Result<TlbFlush, MmuError> {
         self.forget_write_but_to(gpa.frame());
         self.table_written(gpa, len);

@@ -64,7 +64,7 @@ impl ShadowMmu {
         }
         let gpa = gfn.base().wrapping_add(fault.gva.page_offset());
         // It may be time to let the table go out of sync.
-        if self.row == (gfn, ROW) && !self.answers_unseen_fault(gpa) {
+        if self.row == (gfn, ROW) {
             return None;
         }
         self.memory.dirty().mark(gfn);

@@ -112,22 +112,24 @@ impl ShadowMmu {
 
     /// A write to a tracked frame has faulted, by this walk of the guest's. Whether the frame was let go out of sync, so that
     /// it can be written.
-    pub(crate) fn let_go(&mut self, gpa: Gpa, walk: &Walk) -> bool {
-        let gfn = gpa.frame();
+    pub(crate) fn let_go(&mut self, gfn: Gfn, walk: &Walk) -> bool {
         // Memory that is logged is not handed out unseen, and a table by which this very write is translated is in use.
         let in_use = |walk: &Walk| walk.steps().iter().any(|step| Gpa(step.address).frame() == gfn);
-        self.row == (gfn, ROW) && !self.answers_unseen_fault(gpa) && !in_use(walk) && self.unsync(gfn)
+        self.row == (gfn, ROW) && !in_use(walk) && self.unsync(gfn)
     }
 
     /// A fault is reflected, after this walk of the guest's: the guest may be about to write the entry that it ended at.
     pub(crate) fn expect_writes(&mut self, walk: &Walk, fault: &PageFault) {
+        let (written, _) = self.row;
         self.end_row();
         let Some(step) = walk.steps().last().filter(|step| step.level == 1) else { return };
         let gfn = Gpa(step.address).frame();
         let Some(tracked) = self.tracker.get(gfn) else { return };
         let copy_on_write = fault.code.contains(PfCode::PRESENT | PfCode::WRITE);
         let goes = (copy_on_write || tracked.gain.0 >= ENOUGH_GAIN) && self.unsync(gfn);
-        if !goes && walk.end == WalkEnd::NotPresent {
+        // One write to the table, and the next fault for want of a page: page after page is mapped, and it goes on like that.
+        let one_by_one = written == gfn && walk.end == WalkEnd::NotPresent;
+        if !goes && one_by_one {
             self.mark_absent(Gpa(step.address), &tracked);
         }
     }

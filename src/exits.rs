@@ -97,6 +97,11 @@ impl Machine {
     /// A fault: ask the backend, count what became of it, answer.
     fn fault(&mut self, fault: &Fault) -> Result<Answer, Error> {
         self.guard_progress(fault.gva)?;
+        let unseen = self.cpu.counters().get(Counter::GuestFaultsUnseen);
+        if unseen != self.loop_state.unseen {
+            self.loop_state.unseen = unseen;
+            self.mmu.guest_faulted();
+        }
         let state = self.cpu.paging_state();
         let resolution = self
             .mmu

@@ -43,6 +43,8 @@ pub(crate) struct LoopState {
     pub(crate) streak: (u64, u64),
     /// Device events slept through since the instruction count last changed.
     pub(crate) idle: (u64, u64),
+    /// The guest's own faults without an exit of which the backend knows.
+    pub(crate) unseen: u64,
     /// What became of the fault being handled.
     pub(crate) outcome: Option<Counter>,
     /// Host time spent asleep in the exit being handled, in units of the stopwatch's.
@@ -69,6 +71,7 @@ impl LoopState {
             exits: 0,
             streak: (0, 0),
             idle: (0, 0),
+            unseen: 0,
             outcome: None,
             slept: 0,
             change: None,

@@ -99,6 +99,7 @@ fn marked_entries_that_are_filled_in_a_row_are_not_seen_stale() {
     let mut m = guest(Options { unsync: false, ..Options::default() });
     row(&mut m, 0, 40, 1);
     m.access(Gva(40 << 12), read(User));
+    row(&mut m, 0, 41, 1);
     assert!(matches!(m.access(Gva(0), read(User)), Outcome::Fault(_)));
     assert_eq!(m.count(Counter::ShadowAbsentMarked), 32);
     assert!(matches!(m.access(Gva(0x5000), read(User)), Outcome::Fault(_)));

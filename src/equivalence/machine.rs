@@ -177,6 +177,7 @@ impl Machine {
                 }
                 (Stop::Guest(fault), _) => {
                     self.unseen += 1;
+                    self.mmu.guest_faulted();
                     return Ok(Outcome::Fault(fault.code.bits()));
                 }
                 (Stop::Page(fault), _) => (FaultKind::Page(fault.code), None),

@@ -161,6 +161,9 @@ pub trait MmuBackend {
     fn intercepts(&self) -> Intercepts;
     /// A fault left the guest.
     fn fault(&mut self, cpu: CpuId, fault: &Fault, state: &PagingState) -> Result<Resolution, MmuError>;
+    /// The guest took page faults of its own that the CPU delivered without an exit
+    /// ([`crate::entry::bits::KNOWN_ABSENT`]), since the fault before.
+    fn guest_faulted(&mut self) {}
     /// `len` bytes at `gpa` (within one frame) were written to a guest table, by the guest after
     /// [`Resolution::TableWrite`] or by a device.
     fn guest_table_written(&mut self, gpa: Gpa, len: u64) -> Result<TlbFlush, MmuError>;

@@ -243,6 +243,7 @@ impl Machine {
             let (id, state) = (self.cpus[cpu].id, self.cpus[cpu].state);
             if self.is_known_absent(cpu, gva, access) {
                 self.unseen += 1;
+                self.mmu.guest_faulted();
                 return Outcome::Fault(absence(gva, access, &state));
             }
             match self.mmu.fault(id, &fault, &state).unwrap() {
