@@ -49,6 +49,7 @@ pub(crate) fn audit(mmu: &ShadowMmu) -> Audited {
     audit.splinters(&found)?;
     audit.tracking()?;
     audit.roots()?;
+    audit.recalled()?;
     audit.ages()?;
     audit.pool()
 }

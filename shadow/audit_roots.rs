@@ -1,9 +1,12 @@
-//! The rest of the audit ([`crate::audit`]): roots, the order of age, and the pool.
+//! The rest of the audit ([`crate::audit`]): roots, what is remembered, the order of age, and the pool.
 
 use crate::audit::{Audit, Audited, check};
 use crate::pages::PageId;
+use crate::recall::Recalled;
 use crate::role::Kind as PageKind;
+use guestmem::Gpa;
 use mmu::PagingMode;
+use mmu::walk::{GuestTables, walk_guest};
 use std::collections::{BTreeMap, BTreeSet};
 
 impl Audit<'_> {
@@ -31,6 +34,18 @@ impl Audit<'_> {
         let held = self.mmu.pdpte_sets.held();
         check(held == (sets.len(), wanted.len() as u32), "sets of PDPTEs are held by their pages", || {
             format!("{held:?} held, {wanted:?} use {sets:?}")
+        })
+    }
+
+    /// What is remembered of a table write ([`crate::recall`]).
+    pub(crate) fn recalled(&self) -> Audited {
+        let Some(Recalled { cpu, page, access, gfn }) = self.mmu.recalled else { return Ok(()) };
+        let state = &self.mmu.cpus[usize::from(cpu.0)].state;
+        let walked = walk_guest(state, page, &access, &mut GuestTables::new(&self.mmu.memory), false);
+        let found =
+            walked.ok().and_then(|walked| walked.result.ok()).map(|t| Gpa(t.physical(page.0)).frame());
+        check(found == Some(gfn), "a table write that is remembered is what a walk finds", || {
+            format!("{access:?} at {page}: {gfn:#x} is remembered, {found:x?} is found")
         })
     }
 

@@ -19,11 +19,11 @@ use mmu::{Access, Counter, CpuId, Fault, Walk};
 /// A table write that was answered.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Recalled {
-    cpu: CpuId,
-    page: Gva,
-    access: Access,
+    pub cpu: CpuId,
+    pub page: Gva,
+    pub access: Access,
     /// The table.
-    gfn: Gfn,
+    pub gfn: Gfn,
 }
 
 impl ShadowMmu {
@@ -64,7 +64,7 @@ impl ShadowMmu {
         }
         let gpa = gfn.base().wrapping_add(fault.gva.page_offset());
         // It may be time to let the table go out of sync.
-        if self.row == (gfn, ROW) {
+        if self.options.unsync && self.row == (gfn, ROW) {
             return None;
         }
         self.memory.dirty().mark(gfn);
