@@ -4,7 +4,7 @@
 
 use crate::measure::{CAUSES, OUTCOMES};
 use crate::quantity::{grouped, nanos};
-use crate::report::{MachineFacts, Report, TimeSummary};
+use crate::report::{MachineFacts, NO_ENGINE, Report, TimeSummary};
 use crate::tables::{add_row, phrase, plain, render};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
@@ -91,9 +91,11 @@ impl Comparison {
         out
     }
 
-    /// Whether every run had the same engine.
+    /// Whether every run that had an engine had the same.
     fn one_engine(&self) -> bool {
-        self.runs.windows(2).all(|pair| pair[0].machine.engine == pair[1].machine.engine)
+        let mut engines =
+            self.runs.iter().map(|run| &run.machine.engine).filter(|engine| *engine != NO_ENGINE);
+        engines.next().is_none_or(|first| engines.all(|engine| engine == first))
     }
 
     /// The head of a run's column.
@@ -121,7 +123,7 @@ impl Comparison {
                 add_row(&mut table, name, figures.into_iter().map(grouped));
             }
         };
-        row("instructions", &|r| r.counts.instructions);
+        row("instructions (0: not counted)", &|r| r.counts.instructions.unwrap_or(0));
         row("nanoseconds of guest time", &|r| r.counts.guest_ns);
         row("exits", &|r| r.counts.exits);
         row("faults", &|r| r.counts.faults);
@@ -135,7 +137,22 @@ impl Comparison {
         row("bytes of tables at most", &|r| r.counts.table_bytes_peak);
         row("bytes of guest memory backed", &|r| r.counts.guest_bytes_backed);
         row("bytes sent by the serial port", &|r| r.counts.serial_bytes);
+        for (group, name) in self.host_keys() {
+            row(&format!("counted by KVM, {group}: {name}"), &|r| {
+                let figures = r.host.as_ref().and_then(|host| host.groups.get(group));
+                figures.and_then(|figures| figures.get(name)).copied().unwrap_or(0)
+            });
+        }
         render(&table)
+    }
+
+    /// Part and name of every figure that some host counted.
+    fn host_keys(&self) -> indexmap::IndexSet<(&str, &str)> {
+        let hosts = self.runs.iter().filter_map(|run| run.host.as_ref());
+        let groups = hosts.flat_map(|host| &host.groups);
+        groups
+            .flat_map(|(group, figures)| figures.keys().map(move |name| (group.as_str(), name.as_str())))
+            .collect()
     }
 
     fn times(&self) -> String {
@@ -219,6 +236,7 @@ mod tests {
             counts: Counts { counters, serial_crc32: crc, ..Counts::default() },
             rates: IndexMap::new(),
             times: Times::default(),
+            host: None,
             notes: Vec::new(),
         }
     }
@@ -235,7 +253,7 @@ mod tests {
         let end = Comparison::new(vec![run("shadow", End::PowerOff, 1), run("ept", End::Reset, 1)]);
         assert_eq!(end.status(), 1);
         let mut longer = run("ept", End::PowerOff, 1);
-        longer.counts.instructions = 1;
+        longer.counts.instructions = Some(1);
         let mut course = vec![run("shadow", End::PowerOff, 1), longer];
         assert!(!Comparison::new(course.clone()).same_course);
         course[0].machine.clock = "host".into();

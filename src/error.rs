@@ -19,6 +19,9 @@ pub enum Error {
     /// The CPU failed.
     #[error("running the CPU failed: {0}")]
     Cpu(#[from] vcpu::VcpuError),
+    /// The host's CPU cannot be had.
+    #[error(transparent)]
+    Kvm(#[from] kvmcpu::KvmError),
     /// The MMU backend could not be set up.
     #[error("setting up the {mmu} backend failed: {reason}")]
     Backend {

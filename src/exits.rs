@@ -30,14 +30,16 @@ const MSR_TSC_ADJUST: u32 = 0x3b;
 /// The longest sleep under the host's clock without looking up.
 const NAP: Duration = Duration::from_millis(20);
 
-/// The counter for an exit; `None` for the second half of a fault that is already counted.
-pub(crate) fn cause(exit: &Exit, host_deadline: bool) -> Option<Counter> {
+/// The counter for an exit; `None` for the second half of a fault that is already counted. On a CPU whose faults are not ours
+/// (`direct`) an access to device memory is an exit by itself.
+pub(crate) fn cause(exit: &Exit, host_deadline: bool, direct: bool) -> Option<Counter> {
     Some(match exit {
         Exit::Fault(fault) => match fault.kind {
             FaultKind::Page(_) => Counter::ExitPageFault,
             FaultKind::EptViolation { .. } => Counter::ExitEptViolation,
             FaultKind::EptMisconfig { .. } => Counter::ExitEptMisconfig,
         },
+        Exit::MmioRead { .. } | Exit::MmioWrite { .. } if direct => Counter::ExitMmio,
         Exit::TableWritten(_) | Exit::MmioRead { .. } | Exit::MmioWrite { .. } => return None,
         Exit::Cr3Load { .. } => Counter::ExitCr3Load,
         Exit::PagingControl { .. } => Counter::ExitPagingControl,
@@ -238,6 +240,7 @@ impl Machine {
 
     fn msr_write(&mut self, index: u32, value: u64) -> Answer {
         let now = self.now();
+        self.follow_tsc(now);
         if index == MSR_TSC_ADJUST {
             // The CPU holds the register and only tells: the local APIC compares its deadline with the guest's counter.
             self.loop_state.tsc_offset = value;
@@ -248,6 +251,15 @@ impl Machine {
             Some(Ok(())) => Answer::Done,
             Some(Err(_)) | None => Answer::GeneralProtection,
         }
+    }
+
+    /// Where the CPU keeps the time-stamp counter by a clock of its own, the local APIC, which compares its deadline with it,
+    /// is told what it shows now.
+    pub(crate) fn follow_tsc(&mut self, now: u64) {
+        let Some(tsc) = self.cpu.tsc() else { return };
+        let ahead = tsc.wrapping_sub(self.chipset.tsc(now));
+        self.loop_state.tsc_offset = self.loop_state.tsc_offset.wrapping_add(ahead);
+        self.chipset.set_tsc_offset(self.loop_state.tsc_offset.cast_signed(), now);
     }
 
     /// Completes what the CPU model says by what only the machine knows: whether the local APIC is switched on.

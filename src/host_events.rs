@@ -18,6 +18,7 @@ impl Machine {
 
     /// The frames written since the log began or was last taken, ascending.
     pub fn take_dirty_log(&mut self) -> Result<Vec<Gfn>, Error> {
+        self.cpu.sync_dirty_log()?;
         let written = self.memory.dirty().collect();
         self.all_memory_changed()?;
         Ok(written)

@@ -143,7 +143,11 @@ fn describe_difference(runs: &[Report]) -> String {
         let c = &r.counts;
         format!(
             "{} {} instructions, {} ns, {} bytes of output with CRC-32 {:08x}",
-            r.machine.mmu, c.instructions, c.guest_ns, c.serial_bytes, c.serial_crc32
+            r.machine.mmu,
+            c.instructions.unwrap_or(0),
+            c.guest_ns,
+            c.serial_bytes,
+            c.serial_crc32
         )
     };
     runs.iter().map(course).collect::<Vec<_>>().join("; ")

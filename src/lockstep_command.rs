@@ -3,11 +3,13 @@
 //! It stands before [`crate::lockstep`], as [`crate::cli`] stands before a run.
 
 use crate::backend::MmuKind;
-use crate::cli::{MachineArgs, print, write_json};
+use crate::cli::{print, write_json};
 use crate::console::Sink;
 use crate::engine_option;
 use crate::error::Error;
+use crate::host_cpu::CpuKind;
 use crate::lockstep::{Lockstep, LockstepOptions, SideSettings};
+use crate::machine_args::MachineArgs;
 use crate::session::{Session, progress_wanted, stop_on_signals};
 use clap::Args;
 use softcpu::EngineKind;
@@ -23,6 +25,9 @@ pub(crate) struct LockstepArgs {
     /// The engine of the software CPU, where --left and --right do not say
     #[arg(long, value_name = "ENGINE", value_parser = engine_option::parser(), default_value = EngineKind::default().name())]
     engine: EngineKind,
+    /// The CPU of both sides
+    #[arg(long, value_enum, default_value_t)]
+    cpu: CpuKind,
     /// The MMU backend of both sides, where --left and --right do not say [default: shadow against ept]
     #[arg(long, value_enum)]
     mmu: Option<MmuKind>,
@@ -39,7 +44,13 @@ pub(crate) struct LockstepArgs {
 
 /// Runs it and gives the exit status.
 pub(crate) fn run(args: &LockstepArgs) -> Result<u8, Error> {
-    let base = args.machine.config()?;
+    if args.cpu == CpuKind::Kvm {
+        return Err(Error::Option(
+            "lockstep compares instruction by instruction, and --cpu kvm does not count them; use --cpu soft"
+                .into(),
+        ));
+    }
+    let base = args.machine.on(args.machine.config()?, args.cpu);
     let side = |settings: &Option<SideSettings>, otherwise| {
         let mut config = base.clone().with_mmu(args.mmu.unwrap_or(otherwise)).with_engine(args.engine);
         settings.iter().try_for_each(|settings| settings.apply(&mut config))?;

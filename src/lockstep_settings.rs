@@ -4,10 +4,10 @@
 //! as the options before it say, for both.
 
 use crate::backend::MmuKind;
-use crate::cli::parse_policy;
 use crate::engine_option;
 use crate::error::Error;
 use crate::machine::MachineConfig;
+use crate::machine_args::parse_policy;
 use crate::observe::policy_name;
 use crate::quantity::{parse_size, size};
 use clap::ValueEnum;

@@ -8,6 +8,7 @@ use crate::backend::{MmuKind, MmuOptions};
 use crate::clock::{Clock, ClockKind};
 use crate::console::{Input, Transcript};
 use crate::error::Error;
+use crate::host_cpu::{self, CpuKind};
 use crate::measure::Timings;
 use crate::run::{LoopState, translation};
 use crate::startup;
@@ -62,6 +63,8 @@ pub struct MachineConfig {
     pub mmu: MmuKind,
     /// The backends' switches.
     pub mmu_options: MmuOptions,
+    /// The CPU.
+    pub cpu: CpuKind,
     /// The CPU model.
     pub cpu_model: softcpu::CpuModel,
     /// The engine of the software CPU.
@@ -88,6 +91,7 @@ impl MachineConfig {
             code_cache: softcpu::CODE_CACHE,
             mmu: MmuKind::Shadow,
             mmu_options: MmuOptions::default(),
+            cpu: CpuKind::Soft,
             cpu_model: softcpu::CpuModel::default(),
             engine: EngineKind::default(),
             clock: ClockKind::Virtual,
@@ -104,6 +108,13 @@ impl MachineConfig {
     /// The same machine with another MMU backend.
     pub fn with_mmu(mut self, mmu: MmuKind) -> Self {
         self.mmu = mmu;
+        self
+    }
+
+    /// The same machine with another CPU, and the clock that goes with it.
+    pub fn with_cpu(mut self, cpu: CpuKind) -> Self {
+        self.cpu = cpu;
+        self.clock = cpu.clock();
         self
     }
 
@@ -150,8 +161,8 @@ pub type Watcher = Box<dyn FnMut(&Progress)>;
 /// How far a run is.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
-    /// Instructions retired.
-    pub instructions: u64,
+    /// Instructions retired, where the CPU counts them.
+    pub instructions: Option<u64>,
     /// Exits handled.
     pub exits: u64,
     /// The host's time since the first entry.
@@ -182,8 +193,11 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine with a software CPU.
+    /// A machine with the CPU that the configuration names.
     pub fn new(config: MachineConfig, wiring: Wiring) -> Result<Self, Error> {
+        if config.cpu == CpuKind::Kvm {
+            return host_cpu::machine(config, wiring);
+        }
         let model = config.cpu_model.clone();
         let tsc_hz = model.tsc_hz();
         let engine = config.engine;
@@ -200,13 +214,26 @@ impl Machine {
         tsc_hz: u64,
         make_cpu: impl FnOnce(Arc<GuestMemory>) -> Result<Box<dyn Vcpu>, VcpuError>,
     ) -> Result<Self, Error> {
+        Self::assemble(config, wiring, tsc_hz, |memory| Ok((make_cpu(memory)?, None)))
+    }
+
+    /// A machine with the CPU that `make` gives, and with the MMU backend that it brings where it has its own.
+    pub(crate) fn assemble(
+        config: MachineConfig,
+        wiring: Wiring,
+        tsc_hz: u64,
+        make: impl FnOnce(Arc<GuestMemory>) -> Result<(Box<dyn Vcpu>, Option<Box<dyn MmuBackend>>), Error>,
+    ) -> Result<Self, Error> {
         let layout = check_memory(&config)?;
         let memory = Arc::new(make_memory(&config, &layout)?);
-        let mut cpu = make_cpu(Arc::clone(&memory))?;
+        let (mut cpu, own_mmu) = make(Arc::clone(&memory))?;
         let paging = cpu.paging_state();
         let boot = load(&config, &memory, &layout, paging.gib_pages)?;
         cpu.set_state(&startup::first_state(cpu.state(), &boot));
-        let mut mmu = config.mmu_options.build(config.mmu, Arc::clone(&memory))?;
+        let mut mmu = match own_mmu {
+            Some(mmu) => mmu,
+            None => config.mmu_options.build(config.mmu, Arc::clone(&memory))?,
+        };
         let cpu_id = mmu
             .add_cpu(&cpu.paging_state())
             .map_err(|source| Error::Mmu { mmu: config.mmu.name(), source })?;

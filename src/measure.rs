@@ -12,7 +12,7 @@ use indexmap::IndexMap;
 use mmu::Counter;
 
 /// The causes of exits, in the order of reports.
-pub const CAUSES: [Counter; 17] = [
+pub const CAUSES: [Counter; 18] = [
     Counter::ExitPageFault,
     Counter::ExitEptViolation,
     Counter::ExitEptMisconfig,
@@ -21,6 +21,7 @@ pub const CAUSES: [Counter; 17] = [
     Counter::ExitInvlpg,
     Counter::ExitInvpcid,
     Counter::ExitPio,
+    Counter::ExitMmio,
     Counter::ExitMsr,
     Counter::ExitTpr,
     Counter::ExitCpuid,

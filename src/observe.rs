@@ -5,9 +5,12 @@
 
 use crate::end::End;
 use crate::error::Error;
+use crate::host_cpu::CpuKind;
 use crate::machine::Machine;
 use crate::measure::{CAUSES, COMPLETIONS, OUTCOMES};
-use crate::report::{Accesses, Counts, FORMAT_VERSION, MachineFacts, Report, Times, by_key, per_million};
+use crate::report::{
+    Accesses, Counts, FORMAT_VERSION, HostCounts, MachineFacts, NO_ENGINE, Report, Times, by_key, per_million,
+};
 use guestmem::{PAGE_SIZE, Policy};
 use indexmap::IndexMap;
 use mmu::{Counter, Counters};
@@ -50,6 +53,7 @@ impl Machine {
             rates: rates(&counts),
             times: self.times(),
             notes: self.all_notes(),
+            host: self.host_counts(),
             counts,
         }
     }
@@ -61,8 +65,11 @@ impl Machine {
             image: self.boot.format.to_string(),
             mmu: config.mmu.name().to_owned(),
             mmu_switches: config.mmu_options.changed(config.mmu),
-            cpu: "soft".to_owned(),
-            engine: config.engine.name().to_owned(),
+            cpu: config.cpu.name().to_owned(),
+            engine: match config.cpu {
+                CpuKind::Soft => config.engine.name().to_owned(),
+                CpuKind::Kvm => NO_ENGINE.to_owned(),
+            },
             cpu_model: config.cpu_model.name().to_owned(),
             clock: config.clock.name().to_owned(),
             policy: policy_name(config.policy),
@@ -76,7 +83,7 @@ impl Machine {
         let counters = self.counters();
         let device = |(name, reads, writes): (&str, u64, u64)| (name.to_owned(), Accesses { reads, writes });
         Counts {
-            instructions: self.cpu.retired(),
+            instructions: self.cpu.counts_instructions().then(|| self.cpu.retired()),
             guest_ns: self.cpu.ticks(),
             exits: self.loop_state.exits,
             faults: self.faults_taken(),
@@ -92,7 +99,8 @@ impl Machine {
 
     fn times(&self) -> Times {
         let wall_ns = u64::try_from(self.loop_state.wall.as_nanos()).unwrap_or(u64::MAX);
-        let mips = if wall_ns == 0 { 0.0 } else { self.cpu.retired() as f64 * 1e3 / wall_ns as f64 };
+        let counted = if self.cpu.counts_instructions() { self.cpu.retired() } else { 0 };
+        let mips = if wall_ns == 0 { 0.0 } else { counted as f64 * 1e3 / wall_ns as f64 };
         let rate = self.timings.clock().rate();
         Times {
             wall_ns,
@@ -105,6 +113,11 @@ impl Machine {
             outcomes: self.timings.summaries(&OUTCOMES, rate),
             completions: self.timings.summaries(&COMPLETIONS, rate),
         }
+    }
+
+    /// What the host counted; without it where it cannot be read, which no run fails for.
+    fn host_counts(&self) -> Option<HostCounts> {
+        self.cpu.host_figures().ok().flatten().map(HostCounts::from)
     }
 
     fn all_notes(&self) -> Vec<String> {

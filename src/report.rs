@@ -31,6 +31,9 @@ pub struct Report {
     pub rates: IndexMap<String, f64>,
     /// Figures that differ from run to run.
     pub times: Times,
+    /// What the host counted, where the guest ran by its means.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostCounts>,
     /// What the reader should know besides.
     pub notes: Vec<String>,
 }
@@ -72,6 +75,9 @@ pub struct MachineFacts {
     pub cmdline: String,
 }
 
+/// The engine of a CPU that has none.
+pub const NO_ENGINE: &str = "none";
+
 /// The engine of reports that do not name it: there was one.
 fn first_engine() -> String {
     softcpu::EngineKind::Interpret.name().to_owned()
@@ -86,11 +92,36 @@ pub struct Accesses {
     pub writes: u64,
 }
 
+/// What the host counted: its own figures, by its own names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostCounts {
+    /// Who walked the guest's tables, in a word: `ept`, `npt`, `kvm-shadow`, `pvm` or `unknown`.
+    pub walker: String,
+    /// The same for people.
+    pub sentence: String,
+    /// In how many pieces the host had the guest's memory.
+    pub memory_slots: u64,
+    /// The figures of each part of the machine.
+    pub groups: IndexMap<String, IndexMap<String, u64>>,
+}
+
+impl From<vcpu::HostFigures> for HostCounts {
+    fn from(from: vcpu::HostFigures) -> Self {
+        let group = |g: vcpu::FigureGroup| (g.name, g.figures.into_iter().collect());
+        Self {
+            walker: from.walker,
+            sentence: from.sentence,
+            memory_slots: from.memory_slots,
+            groups: from.groups.into_iter().map(group).collect(),
+        }
+    }
+}
+
 /// Deterministic figures.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
-    /// Instructions retired.
-    pub instructions: u64,
+    /// Instructions retired; nothing where the CPU does not count them.
+    pub instructions: Option<u64>,
     /// Guest time at the end, in nanoseconds, idle time included.
     pub guest_ns: u64,
     /// Exits of every cause.
@@ -168,11 +199,9 @@ pub struct Times {
     pub completions: IndexMap<String, TimeSummary>,
 }
 
-/// `number` a million instructions, to a thousandth.
-pub fn per_million(number: u64, instructions: u64) -> f64 {
-    if instructions == 0 {
-        return 0.0;
-    }
+/// `number` a million instructions, to a thousandth; 0 where there are none, or none were counted.
+pub fn per_million(number: u64, instructions: Option<u64>) -> f64 {
+    let Some(instructions) = instructions.filter(|&n| n > 0) else { return 0.0 };
     // In integers first, so that the last digit does not depend on how a compiler orders floating-point operations.
     let milli = u128::from(number) * 1_000_000_000 / u128::from(instructions);
     milli as f64 / 1000.0
@@ -184,10 +213,11 @@ mod tests {
 
     #[test]
     fn rates_are_rounded_down_to_a_thousandth() {
-        assert_eq!(per_million(1, 3), 333_333.333);
-        assert_eq!(per_million(5, 0), 0.0);
-        assert_eq!(per_million(0, 7), 0.0);
-        assert_eq!(per_million(u64::MAX, u64::MAX), 1_000_000.0);
+        assert_eq!(per_million(1, Some(3)), 333_333.333);
+        assert_eq!(per_million(5, Some(0)), 0.0);
+        assert_eq!(per_million(5, None), 0.0);
+        assert_eq!(per_million(0, Some(7)), 0.0);
+        assert_eq!(per_million(u64::MAX, Some(u64::MAX)), 1_000_000.0);
     }
 
     #[test]
@@ -231,6 +261,7 @@ mod tests {
             counts,
             rates: IndexMap::new(),
             times: Times::default(),
+            host: None,
             notes: Vec::new(),
         };
         assert!(crate::tables::report(&report).contains("18,446,744,073,709,551,615"));

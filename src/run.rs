@@ -8,6 +8,7 @@
 use crate::clock::Clock;
 use crate::end::End;
 use crate::error::Error;
+use crate::host_cpu::CpuKind;
 use crate::machine::{Machine, Progress, TranslationSetting};
 use mmu::{Counter, CpuId, Intercepts, MmuBackend, MmuError, PagingState, TlbFlush};
 use std::sync::atomic::Ordering;
@@ -19,6 +20,8 @@ use vcpu::{Answer, Entry, Exit};
 const POLL_TICKS: u64 = 10_000_000;
 /// The same under the host's clock, where it also bounds how late a timer can be.
 const POLL_TICKS_HOST: u64 = 200_000;
+/// The same on the host's CPU, which a timer stops when a device's event is due, so that nothing is late for this.
+const POLL_TICKS_KVM: u64 = 10_000_000;
 /// And after so many exits, for guests that leave at every instruction.
 const POLL_EXITS: u64 = 4096;
 
@@ -192,6 +195,7 @@ impl Machine {
             let flush = self.mmu.guest_table_written(gpa, len);
             self.apply(flush)?;
         }
+        self.cpu.set_task_priority(self.chipset.cr8());
         self.deliver_events();
         Ok(None)
     }
@@ -259,7 +263,11 @@ impl Machine {
             return None;
         }
         if due {
-            let step = if self.clock.is_host() { POLL_TICKS_HOST } else { POLL_TICKS };
+            let step = match (self.config.cpu, self.clock.is_host()) {
+                (CpuKind::Kvm, _) => POLL_TICKS_KVM,
+                (CpuKind::Soft, true) => POLL_TICKS_HOST,
+                (CpuKind::Soft, false) => POLL_TICKS,
+            };
             self.loop_state.next_poll = ticks.saturating_add(step);
         }
         self.poll()
@@ -282,7 +290,7 @@ impl Machine {
         }
         if let Some(show) = &mut self.progress {
             show(&Progress {
-                instructions: self.cpu.retired(),
+                instructions: self.cpu.counts_instructions().then(|| self.cpu.retired()),
                 exits: self.loop_state.exits,
                 elapsed,
                 mid_line: self.transcript.mid_line(),
@@ -326,7 +334,8 @@ impl Machine {
         if told && *exit == Exit::Deadline {
             return None;
         }
-        let cause = crate::exits::cause(exit, self.loop_state.host_deadline)?;
+        let direct = self.config.cpu == CpuKind::Kvm;
+        let cause = crate::exits::cause(exit, self.loop_state.host_deadline, direct)?;
         self.loop_state.exits += 1;
         self.counters.count(cause);
         Some(cause)
@@ -342,7 +351,9 @@ impl Machine {
             change.took = took;
             return;
         }
-        for what in [cause, self.loop_state.outcome].into_iter().flatten() {
+        // An access to device memory that is an exit by itself is timed as that.
+        let outcome = self.loop_state.outcome.filter(|_| cause != Some(Counter::ExitMmio));
+        for what in [cause, outcome].into_iter().flatten() {
             self.timings.record(what, took);
         }
     }

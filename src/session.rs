@@ -105,12 +105,15 @@ impl Session {
 
 fn show(at: &Progress) {
     let seconds = at.elapsed.as_secs_f64().max(1e-3);
-    let line = format!(
-        "{} million instructions, {:.1} million a second, {} exits",
-        grouped(at.instructions / 1_000_000),
-        at.instructions as f64 / 1e6 / seconds,
-        grouped(at.exits)
-    );
+    let line = match at.instructions {
+        Some(n) => format!(
+            "{} million instructions, {:.1} million a second, {} exits",
+            grouped(n / 1_000_000),
+            n as f64 / 1e6 / seconds,
+            grouped(at.exits)
+        ),
+        None => format!("{seconds:.0} seconds, {} exits", grouped(at.exits)),
+    };
     let mut stderr = std::io::stderr().lock();
     // A progress line that cannot be written is not missed.
     let _shown = write!(stderr, "\r{line}\x1b[K\r").and_then(|()| stderr.flush());

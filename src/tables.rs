@@ -5,7 +5,7 @@
 
 use crate::measure::{CAUSES, OUTCOMES};
 use crate::quantity::{grouped, nanos, size};
-use crate::report::{Report, TimeSummary};
+use crate::report::{HostCounts, NO_ENGINE, Report, TimeSummary};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use indexmap::IndexMap;
 use mmu::Counter;
@@ -55,6 +55,9 @@ pub fn report(report: &Report) -> String {
     out += &devices(report);
     out += "\nTimes (of this run on this machine): handling of exits\n";
     out += &times(report);
+    if let Some(host) = &report.host {
+        out += &host_counts(host);
+    }
     for note in &report.notes {
         out += &format!("\nNote: {note}.\n");
     }
@@ -67,9 +70,19 @@ pub fn heading(report: &Report) -> String {
     let switches =
         if m.mmu_switches.is_empty() { String::new() } else { format!(" ({})", m.mmu_switches.join(", ")) };
     let c = &report.counts;
+    let engine = if m.engine == NO_ENGINE { String::new() } else { format!(" --engine {}", m.engine) };
+    let took =
+        format!("{} of guest time, {} by the host's clock", nanos(c.guest_ns), nanos(report.times.wall_ns));
+    let pace = match c.instructions {
+        Some(n) => format!(
+            "{} instructions, {took}, {:.1} million instructions a second",
+            grouped(n),
+            report.times.mips
+        ),
+        None => format!("instructions are not counted; {took}"),
+    };
     format!(
-        "{}: {}; {} of memory, {}; --mmu {}{switches} --cpu {} ({}) --engine {} --clock {}\n{}; exit status {}\n\
-         {} instructions, {} of guest time, {} by the host's clock, {:.1} million instructions a second\n",
+        "{}: {}; {} of memory, {}; --mmu {}{switches} --cpu {} ({}){engine} --clock {}\n{}; exit status {}\n{pace}\n",
         m.guest,
         m.image,
         size(m.memory),
@@ -77,21 +90,19 @@ pub fn heading(report: &Report) -> String {
         m.mmu,
         m.cpu,
         m.cpu_model,
-        m.engine,
         m.clock,
         report.sentence,
         report.status,
-        grouped(c.instructions),
-        nanos(c.guest_ns),
-        nanos(report.times.wall_ns),
-        report.times.mips,
     )
 }
 
 fn counts(report: &Report) -> String {
     let c = &report.counts;
     let mut table = plain(&["", "count", "per million instructions"]);
-    let rate = |number| format!("{:.3}", crate::report::per_million(number, c.instructions));
+    let rate = |number| match c.instructions {
+        Some(_) => format!("{:.3}", crate::report::per_million(number, c.instructions)),
+        None => "-".to_owned(),
+    };
     add_row(&mut table, "exits", [grouped(c.exits), rate(c.exits)]);
     for (key, &number) in c.counters.iter().filter(|(_, n)| **n > 0) {
         add_row(&mut table, phrase(key), [grouped(number), rate(number)]);
@@ -101,6 +112,18 @@ fn counts(report: &Report) -> String {
     add_row(&mut table, "bytes of guest memory backed", [grouped(c.guest_bytes_backed), String::new()]);
     add_row(&mut table, "bytes sent by the serial port", [grouped(c.serial_bytes), String::new()]);
     render(&table)
+}
+
+/// What the kernel counted, by the kernel's names.
+fn host_counts(host: &HostCounts) -> String {
+    let mut table = plain(&["", "count"]);
+    add_row(&mut table, "memory slots", [grouped(host.memory_slots)]);
+    for (group, figures) in &host.groups {
+        for (name, &number) in figures.iter().filter(|(_, n)| **n > 0) {
+            add_row(&mut table, &format!("{group}: {name}"), [grouped(number)]);
+        }
+    }
+    format!("\nCounted by the host's KVM; tables were walked by {}\n{}", host.sentence, render(&table))
 }
 
 fn devices(report: &Report) -> String {

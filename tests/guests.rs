@@ -76,7 +76,7 @@ on_each_square! {
         let whole = run(square.config(guest("demand-touch")));
         let mut machine = Machine::new(square.config(guest("demand-touch")), Wiring::default()).unwrap();
         let mut stops = 0;
-        while machine.cpu().retired() < whole.report.counts.instructions * 3 / 4 {
+        while machine.cpu().retired() < whole.instructions() * 3 / 4 {
             let next = machine.cpu().retired() + 77_777;
             machine.set_limits(Limits { instructions: Some(next), seconds: None });
             assert_eq!(machine.run().unwrap(), End::InstructionLimit { instructions: next });
@@ -108,7 +108,7 @@ fn moves_unnoticed(name: &str, square: Square) {
     let frames = machine.memory().end().0;
     let mut seed = 12345u64;
     let mut moved = 0;
-    let step = (whole.report.counts.instructions / 40).max(1);
+    let step = (whole.instructions() / 40).max(1);
     for round in 1..30 {
         machine.set_limits(Limits { instructions: Some(round * step), seconds: None });
         assert!(matches!(machine.run().unwrap(), End::InstructionLimit { .. }));
@@ -141,7 +141,7 @@ fn logs_all(name: &str, square: Square) {
             })
             .collect::<Vec<_>>()
     };
-    let step = whole.report.counts.instructions / 8;
+    let step = whole.instructions() / 8;
     machine.set_limits(Limits { instructions: Some(step), seconds: None });
     assert!(matches!(machine.run().unwrap(), End::InstructionLimit { .. }));
     machine.start_dirty_log().unwrap();

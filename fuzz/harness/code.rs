@@ -116,7 +116,7 @@ pub fn code(data: &[u8]) -> Reached {
     let [ept, interpreted_ept] = repeat(seat, policy, &image, MmuKind::Ept);
 
     let mut reached = Reached::default();
-    let instructions = shadow.report.counts.instructions;
+    let instructions = shadow.report.counts.instructions.unwrap_or(0);
     // The last one may be single-stepped: the exception counts too.
     assert!(instructions <= INSTRUCTIONS + 1, "{instructions} instructions are past the limit");
     reached.add("20 instructions", u64::from(instructions >= 20));

@@ -39,6 +39,7 @@ counters! {
     ExitInvlpg "exit_invlpg" "exits: INVLPG";
     ExitInvpcid "exit_invpcid" "exits: INVPCID";
     ExitPio "exit_pio" "exits: port I/O";
+    ExitMmio "exit_mmio" "exits: device memory, where the faults are not ours";
     ExitMsr "exit_msr" "exits: RDMSR and WRMSR of device registers";
     ExitTpr "exit_tpr" "exits: CR8 access";
     ExitCpuid "exit_cpuid" "exits: CPUID";

@@ -3,9 +3,8 @@
 use crate::error::Unavailable;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Kvm;
+pub use kvmcpu::Walker;
 use mmu::PagingMode;
-use std::fmt;
-use std::path::Path;
 
 /// Where a vCPU is known to go another way than the manual that the reference follows. It is not asked there, and the report
 /// says so.
@@ -124,60 +123,5 @@ impl Features {
         .into_iter()
         .filter_map(|(offered, name)| (!offered).then_some(name))
         .collect()
-    }
-}
-
-/// Who walks the vCPU's tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Walker {
-    /// The processor, under Intel's EPT.
-    Ept,
-    /// The processor, under AMD's NPT.
-    Npt,
-    /// KVM, which shadows on VT-x or SVM.
-    KvmShadows,
-    /// KVM, which shadows without VT-x or SVM.
-    KvmShadowsByItself,
-    /// The host does not say.
-    Unknown,
-}
-
-impl Walker {
-    /// Asks the host.
-    pub fn of_this_host() -> Self {
-        Self::of(Path::new("/sys/module"))
-    }
-
-    fn of(modules: &Path) -> Self {
-        let on = |parameter: &str| {
-            let text = std::fs::read_to_string(modules.join(parameter)).ok()?;
-            Some(matches!(text.trim(), "Y" | "y" | "1"))
-        };
-        match (on("kvm_intel/parameters/ept"), on("kvm_amd/parameters/npt")) {
-            (Some(true), _) => Self::Ept,
-            (_, Some(true)) => Self::Npt,
-            (Some(false), _) | (_, Some(false)) => Self::KvmShadows,
-            _ if modules.join("kvm_pvm").exists() => Self::KvmShadowsByItself,
-            _ => Self::Unknown,
-        }
-    }
-
-    /// Whether it is the processor's own walker.
-    pub fn is_hardware(self) -> bool {
-        matches!(self, Self::Ept | Self::Npt)
-    }
-}
-
-impl fmt::Display for Walker {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Ept => "the processor's own page walker (KVM with EPT)",
-            Self::Npt => "the processor's own page walker (KVM with NPT)",
-            Self::KvmShadows => {
-                "the page walker of the host's KVM (kvm_intel or kvm_amd without nested paging)"
-            }
-            Self::KvmShadowsByItself => "the page walker of the host's KVM (kvm_pvm, without VT-x or SVM)",
-            Self::Unknown => "a KVM that does not say who walks tables",
-        })
     }
 }

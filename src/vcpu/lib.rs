@@ -9,12 +9,14 @@
 
 pub mod cached;
 pub mod exit;
+pub mod figures;
 pub mod pending;
 pub mod state;
 mod through;
 
 pub use cached::CachedTranslation;
 pub use exit::{Answer, Entry, Exit, TableStore, TableStores};
+pub use figures::{FigureGroup, HostFigures};
 pub use pending::Pending;
 pub use state::{ArchState, Segment, TableRegister};
 
@@ -42,6 +44,9 @@ pub enum VcpuError {
     /// The host lacks something that the CPU needs.
     #[error("starting the CPU failed: {0}")]
     Host(String),
+    /// A failure that only this kind of CPU has, in its own words.
+    #[error("{0}")]
+    Engine(Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// A virtual CPU.
@@ -56,8 +61,17 @@ pub trait Vcpu {
     fn ticks(&self) -> u64;
     /// Lets virtual time pass while the CPU idles or a device is slow.
     fn add_ticks(&mut self, ticks: u64);
-    /// Instructions retired (as counted for ticks, without what was added).
+    /// Instructions retired (as counted for ticks, without what was added). A CPU that cannot count them gives a number that
+    /// grows whenever the guest has moved.
     fn retired(&self) -> u64;
+    /// Whether [`Vcpu::retired`] is a number of instructions.
+    fn counts_instructions(&self) -> bool {
+        true
+    }
+    /// The guest's time-stamp counter now, where the CPU keeps it by a clock of its own.
+    fn tsc(&self) -> Option<u64> {
+        None
+    }
 
     /// What address translation depends on now.
     fn paging_state(&self) -> PagingState;
@@ -80,6 +94,11 @@ pub trait Vcpu {
     /// Asks for [`Exit::InterruptWindow`] as soon as an interrupt can be delivered.
     fn request_interrupt_window(&mut self, wanted: bool);
 
+    /// Tells a CPU that holds CR8 itself what the devices have made of it. One that asks ([`Exit::TprRead`]) need not listen.
+    fn set_task_priority(&mut self, class: u8) {
+        let _asks_instead = class;
+    }
+
     /// A copy of the whole architectural state.
     fn state(&self) -> ArchState;
     /// Replaces the whole architectural state and empties the TLB.
@@ -88,6 +107,15 @@ pub trait Vcpu {
     /// The translations that the TLB holds, for whoever compares them; none where the CPU cannot tell.
     fn cached_translations(&self) -> Vec<CachedTranslation> {
         Vec::new()
+    }
+
+    /// Marks in the dirty log of guest memory what was written and only the CPU knows of.
+    fn sync_dirty_log(&mut self) -> Result<(), VcpuError> {
+        Ok(())
+    }
+    /// What the host counted, where the guest runs by its means.
+    fn host_figures(&self) -> Result<Option<HostFigures>, VcpuError> {
+        Ok(None)
     }
 
     /// What the CPU counted itself.
