@@ -371,6 +371,15 @@ mod tests {
     }
 
     #[test]
+    fn an_access_to_device_memory_is_an_exit_where_the_faults_are_not_ours() {
+        let write = Exit::MmioWrite { gpa: Gpa(0xfee0_00b0), size: 4, value: 0 };
+        for exit in [Exit::MmioRead { gpa: Gpa(0xfee0_0020), size: 4 }, write] {
+            assert_eq!(cause(&exit, false, true), Some(Counter::ExitMmio));
+            assert_eq!(cause(&exit, false, false), None);
+        }
+    }
+
+    #[test]
     fn only_some_control_bits_reload_the_pdptes() {
         let pae = PagingState { cr0: CR0_PG | 1, cr4: CR4_PAE, ..PagingState::default() };
         let wp = PagingState { cr0: pae.cr0 | mmu::paging::bits::CR0_WP, ..pae };

@@ -7,8 +7,7 @@ use crate::backend::MmuKind;
 use crate::clock::ClockKind;
 use crate::error::Error;
 use crate::machine::{Machine, MachineConfig, Wiring};
-use kvmcpu::cpu::Blank;
-use kvmcpu::{Host, KvmCpu, Leaf};
+use kvmcpu::{Blank, Host, KvmCpu, Leaf};
 use mmu::MmuBackend;
 use softcpu::CpuModel;
 use vcpu::Vcpu;
@@ -40,6 +39,10 @@ impl CpuKind {
         }
     }
 }
+
+/// How often the run loop looks up on the host's CPU, in ticks. A timer stops that when a device's event is due, so that nothing is
+/// late for this.
+pub(crate) const POLL_TICKS: u64 = 10_000_000;
 
 /// Leaves of the CPU model that a guest may ask for.
 const LEAVES: [(u32, u32); 19] = [

@@ -8,7 +8,7 @@
 use crate::clock::Clock;
 use crate::end::End;
 use crate::error::Error;
-use crate::host_cpu::CpuKind;
+use crate::host_cpu::{self, CpuKind};
 use crate::machine::{Machine, Progress, TranslationSetting};
 use mmu::{Counter, CpuId, Intercepts, MmuBackend, MmuError, PagingState, TlbFlush};
 use std::sync::atomic::Ordering;
@@ -20,8 +20,6 @@ use vcpu::{Answer, Entry, Exit};
 const POLL_TICKS: u64 = 10_000_000;
 /// The same under the host's clock, where it also bounds how late a timer can be.
 const POLL_TICKS_HOST: u64 = 200_000;
-/// The same on the host's CPU, which a timer stops when a device's event is due, so that nothing is late for this.
-const POLL_TICKS_KVM: u64 = 10_000_000;
 /// And after so many exits, for guests that leave at every instruction.
 const POLL_EXITS: u64 = 4096;
 
@@ -263,10 +261,10 @@ impl Machine {
             return None;
         }
         if due {
-            let step = match (self.config.cpu, self.clock.is_host()) {
-                (CpuKind::Kvm, _) => POLL_TICKS_KVM,
-                (CpuKind::Soft, true) => POLL_TICKS_HOST,
-                (CpuKind::Soft, false) => POLL_TICKS,
+            let step = match self.config.cpu {
+                CpuKind::Kvm => host_cpu::POLL_TICKS,
+                CpuKind::Soft if self.clock.is_host() => POLL_TICKS_HOST,
+                CpuKind::Soft => POLL_TICKS,
             };
             self.loop_state.next_poll = ticks.saturating_add(step);
         }

@@ -10,37 +10,30 @@
 //! both ways; a change by the guest is told as [`Exit::TprWrite`] before the exit at which it is seen. Time is the host's: a
 //! tick is a nanosecond, and instructions are not counted.
 
-use crate::cpuid::{Leaf, Offered};
+use crate::blank::Blank;
+use crate::cpuid::Offered;
 use crate::error::{KvmError, doing};
-use crate::extended::{Extended, MSR_TSC, empty_state, read_msr, write_msr};
+use crate::extended::{Extended, empty_state};
 use crate::figures::Figures;
 use crate::kick::{Armed, Kick, monotonic};
-use crate::open::Host;
 use crate::paging::HostPaging;
-use crate::run::{self, Left};
+use crate::run::{self, Left, interrupt};
 use crate::slots::Slots;
 use crate::walker::Walker;
-use crate::{registers, run::interrupt};
 use guestmem::{Gpa, GuestMemory};
-use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, kvm_enable_cap};
-use kvm_ioctls::{MsrExitReason, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
+use kvm_ioctls::VcpuFd;
 use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
 use std::cell::RefCell;
 use std::sync::atomic::AtomicU8;
 use std::sync::{Arc, Mutex};
 use vcpu::{Answer, ArchState, Entry, Exit, FigureGroup, HostFigures, Vcpu, VcpuError};
 
-/// IA32_APIC_BASE and IA32_TSC_DEADLINE: KVM would take them, and they are the devices'. Those of the x2APIC come out by
-/// themselves, because KVM has no local APIC.
+/// IA32_APIC_BASE, which only the devices hold.
 const MSR_APIC_BASE: u32 = 0x1b;
-const MSR_TSC_DEADLINE: u32 = 0x6e0;
-/// After reset: enabled, the boot processor's, at 0xfee0_0000.
-const APIC_BASE_FIRST: u64 = 0xfee0_0900;
-const CR0_PE_MASK: u64 = 1;
 
 /// What the vCPU waits for before it can be entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Waits {
+pub(crate) enum Waits {
     /// For nothing but that the exit was seen.
     Seen,
     /// For what a port gives, or that it was written: the exit, and the unit asked about.
@@ -56,95 +49,31 @@ enum Waits {
     Tpr(Left),
 }
 
-/// A vCPU that exists and has no memory yet.
-#[derive(Debug)]
-pub struct Blank {
-    vcpu: VcpuFd,
-    vm: Arc<VmFd>,
-    offered: Offered,
-    extended: Extended,
-    walker: Walker,
-    slots: usize,
-    tsc_hz: u64,
-}
-
-impl Blank {
-    /// A machine of the host's with one vCPU of this model.
-    pub fn new(host: &Host, model: &[Leaf]) -> Result<Self, KvmError> {
-        let offered = Offered::new(model, &host.supported)?;
-        let vm = host.create_vm()?;
-        let reasons = MsrExitReason::Unknown | MsrExitReason::Inval | MsrExitReason::Filter;
-        let cap = kvm_enable_cap {
-            cap: KVM_CAP_X86_USER_SPACE_MSR,
-            args: [reasons.bits().into(), 0, 0, 0],
-            ..kvm_enable_cap::default()
-        };
-        vm.enable_cap(&cap).map_err(doing("sending model-specific registers to us"))?;
-        let denied = |base| MsrFilterRange {
-            flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
-            base,
-            msr_count: 1,
-            bitmap: &[0],
-        };
-        vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[denied(MSR_APIC_BASE), denied(MSR_TSC_DEADLINE)])
-            .map_err(doing("sending the local APIC's model-specific registers to us"))?;
-        let vcpu = host.create_vcpu(&vm, &offered.cpuid)?;
-        let mut sregs = vcpu.get_sregs().map_err(doing("reading the vCPU's system registers"))?;
-        sregs.apic_base = APIC_BASE_FIRST;
-        vcpu.set_sregs(&sregs).map_err(doing("setting the vCPU's system registers"))?;
-        let khz = vcpu.get_tsc_khz().map_err(doing("asking how fast the time-stamp counter runs"))?;
-        Ok(Self {
-            vcpu,
-            vm: Arc::new(vm),
-            offered,
-            extended: Extended::of(host),
-            walker: host.walker,
-            slots: host.memory_slots,
-            tsc_hz: u64::from(khz) * 1000,
-        })
-    }
-
-    /// How fast the guest's time-stamp counter runs.
-    pub fn tsc_hz(&self) -> u64 {
-        self.tsc_hz
-    }
-
-    /// What of the model the guest is not offered, in a sentence.
-    pub fn note(&self) -> Option<String> {
-        self.offered.note()
-    }
-
-    /// Who walks the guest's tables.
-    pub fn walker(&self) -> Walker {
-        self.walker
-    }
-}
-
 /// The CPU.
 #[derive(Debug)]
 pub struct KvmCpu {
-    vcpu: VcpuFd,
-    slots: Arc<Mutex<Slots>>,
-    offered: Offered,
-    extended: Extended,
-    walker: Walker,
-    tsc_hz: u64,
-    figures: Vec<(&'static str, Figures)>,
-    kick: Kick,
-    waits: Waits,
+    pub(crate) vcpu: VcpuFd,
+    pub(crate) slots: Arc<Mutex<Slots>>,
+    pub(crate) offered: Offered,
+    pub(crate) extended: Extended,
+    pub(crate) walker: Walker,
+    pub(crate) tsc_hz: u64,
+    pub(crate) figures: Vec<(&'static str, Figures)>,
+    pub(crate) kick: Kick,
+    pub(crate) waits: Waits,
     /// Halted, and whether an interrupt can wake it.
-    halted: Option<bool>,
-    shut_down: bool,
+    pub(crate) halted: Option<bool>,
+    pub(crate) shut_down: bool,
     /// An interrupt can be delivered at the next entry.
-    open: bool,
-    window: bool,
+    pub(crate) open: bool,
+    pub(crate) window: bool,
     /// CR8 as the devices and the guest have it.
-    tpr: u8,
-    ticks: u64,
-    entries: u64,
-    counters: Counters,
+    pub(crate) tpr: u8,
+    pub(crate) ticks: u64,
+    pub(crate) entries: u64,
+    pub(crate) counters: Counters,
     /// What went wrong where no error can be returned; the next entry returns it.
-    failed: RefCell<Option<KvmError>>,
+    pub(crate) failed: RefCell<Option<KvmError>>,
 }
 
 impl KvmCpu {
@@ -307,73 +236,6 @@ impl KvmCpu {
     /// Keeps an error for the next entry, where the contract has no other place for it.
     fn keep<T>(&self, done: Result<T, KvmError>) -> Option<T> {
         done.map_err(|error| self.failed.borrow_mut().get_or_insert(error).to_string()).ok()
-    }
-
-    fn read_state(&self) -> Result<ArchState, KvmError> {
-        let mut state = empty_state();
-        let vcpu = &self.vcpu;
-        let (regs, sregs) = (
-            vcpu.get_regs().map_err(doing("reading the vCPU's registers"))?,
-            vcpu.get_sregs().map_err(doing("reading the vCPU's system registers"))?,
-        );
-        registers::from_regs(&regs, &mut state);
-        registers::from_sregs(&sregs, &mut state);
-        let debug = vcpu.get_debug_regs().map_err(doing("reading the vCPU's debug registers"))?;
-        registers::from_debug(&debug, &mut state);
-        let events = vcpu.get_vcpu_events().map_err(doing("reading what the vCPU has under way"))?;
-        registers::from_events(&events, &mut state);
-        self.extended.read(vcpu, &mut state)?;
-        let offset = self.read_tsc()?.wrapping_sub(self.tsc_at(self.ticks));
-        state.msrs.insert(0, (MSR_TSC, offset));
-        state.halted = self.halted.is_some();
-        state.pending.shut_down = self.shut_down;
-        state.ticks = self.ticks;
-        Ok(state)
-    }
-
-    fn write_state(&mut self, state: &ArchState) -> Result<(), KvmError> {
-        let vcpu = &self.vcpu;
-        let before = vcpu.get_sregs().map_err(doing("reading the vCPU's system registers"))?;
-        let sregs = registers::to_sregs(state, &before);
-        vcpu.set_sregs(&sregs).map_err(doing("setting the vCPU's system registers"))?;
-        let kept = vcpu.get_sregs().map_err(doing("reading the vCPU's system registers"))?;
-        if (kept.cr0 ^ state.cr0) & (mmu::paging::bits::CR0_PG | CR0_PE_MASK) != 0 {
-            // A KVM without VT-x or SVM has long mode only, and drops what it cannot do without a word.
-            return Err(KvmError::Missing("the processor mode that the guest is in"));
-        }
-        vcpu.set_regs(&registers::to_regs(state)).map_err(doing("setting the vCPU's registers"))?;
-        vcpu.set_debug_regs(&registers::to_debug(state))
-            .map_err(doing("setting the vCPU's debug registers"))?;
-        self.extended.write(vcpu, state)?;
-        let offset = state.msrs.iter().find(|msr| msr.0 == MSR_TSC).map_or(0, |msr| msr.1);
-        write_msr(vcpu, MSR_TSC, self.tsc_at(state.ticks).wrapping_add(offset))?;
-        vcpu.set_vcpu_events(&registers::to_events(state))
-            .map_err(doing("setting what the vCPU has under way"))?;
-        self.waits = Waits::Seen;
-        self.halted = state.halted.then_some(state.rflags & 0x200 != 0);
-        self.shut_down = state.pending.shut_down;
-        self.open = false;
-        self.ticks = state.ticks;
-        Ok(())
-    }
-
-    fn tsc_at(&self, ticks: u64) -> u64 {
-        (u128::from(ticks) * u128::from(self.tsc_hz) / 1_000_000_000) as u64
-    }
-
-    fn read_tsc(&self) -> Result<u64, KvmError> {
-        Ok(read_msr(&self.vcpu, MSR_TSC)?.unwrap_or(0))
-    }
-
-    fn read_paging_state(&self) -> Result<PagingState, KvmError> {
-        let sregs = self.vcpu.get_sregs().map_err(doing("reading the vCPU's system registers"))?;
-        Ok(PagingState {
-            cr0: sregs.cr0,
-            cr3: sregs.cr3,
-            cr4: sregs.cr4,
-            efer: sregs.efer,
-            ..PagingState::default()
-        })
     }
 }
 

@@ -11,11 +11,13 @@
 //!
 //! In reading order: [`open`] (the device, and what it must have), [`walker`] (who walks tables on this host), [`cpuid`]
 //! (the model, as far as the host has it), [`slots`] (memory), `registers` and `extended` (the architectural state), `kick`
-//! (how a running vCPU is stopped in time), `run` (one entry), [`cpu`] (the CPU), [`paging`] (the MMU backend that has
+//! (how a running vCPU is stopped in time), [`blank`] (a vCPU without
+//! memory), `run` (one entry), [`cpu`] and `state` (the CPU), [`paging`] (the MMU backend that has
 //! nothing to do), `figures` (what the kernel counted).
 //!
 //! The files up to `kick` hold nothing that is special to whole guests.
 
+pub mod blank;
 pub mod cpu;
 pub mod cpuid;
 pub mod error;
@@ -27,8 +29,10 @@ pub mod paging;
 pub mod registers;
 mod run;
 pub mod slots;
+mod state;
 pub mod walker;
 
+pub use blank::Blank;
 pub use cpu::KvmCpu;
 pub use cpuid::{Leaf, Offered};
 pub use error::KvmError;

@@ -8,6 +8,7 @@ use crate::walker::Walker;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use std::collections::BTreeSet;
+use std::ffi::CStr;
 use std::io;
 
 /// Where Intel's VMX keeps three pages and one page of its own when it cannot do without: in the hole below 4 GiB, beside the
@@ -33,7 +34,11 @@ pub struct Host {
 impl Host {
     /// Opens it.
     pub fn open() -> Result<Self, KvmError> {
-        let kvm = Kvm::new().map_err(|error| match io::Error::from(error) {
+        Self::open_at(c"/dev/kvm")
+    }
+
+    fn open_at(path: &CStr) -> Result<Self, KvmError> {
+        let kvm = Kvm::new_with_path(path).map_err(|error| match io::Error::from(error) {
             e if e.kind() == io::ErrorKind::NotFound => KvmError::NoDevice,
             e if e.kind() == io::ErrorKind::PermissionDenied => KvmError::Permission,
             // The device node without the module behind it.
@@ -86,5 +91,19 @@ impl Host {
         let vcpu = vm.create_vcpu(0).map_err(doing("creating a vCPU"))?;
         vcpu.set_cpuid2(cpuid).map_err(doing("setting the vCPU's CPUID"))?;
         Ok(vcpu)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_not_there_or_none_is_said_with_what_to_do() {
+        let said = |path| Host::open_at(path).unwrap_err().to_string();
+        assert!(said(c"/nowhere/kvm").contains("load the module kvm_intel or kvm_amd"));
+        assert!(said(c"/dev/null").contains("version -1"), "{}", said(c"/dev/null"));
+        assert!(said(c"/").starts_with("opening /dev/kvm failed"), "{}", said(c"/"));
+        assert!(KvmError::Permission.to_string().contains("usermod -aG kvm"));
     }
 }

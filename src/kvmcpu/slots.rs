@@ -11,6 +11,7 @@ use crate::error::{KvmError, doing};
 use guestmem::{Backing, Gfn, GuestMemory, Hfn, PAGE_SIZE};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// A run of guest frames.
@@ -29,15 +30,17 @@ pub struct Slots {
     // The machine before the memory that its slots show.
     vm: Arc<VmFd>,
     memory: Arc<GuestMemory>,
-    /// By number of the slot.
-    set: Vec<Option<Run>>,
+    /// What is set, by the first guest frame: the slot's number and what it shows.
+    set: BTreeMap<Gfn, (u32, Run)>,
+    /// Numbers that were used and are free again.
+    free: Vec<u32>,
     most: usize,
 }
 
 impl Slots {
     /// Gives the machine the guest's memory, in at most so many slots.
     pub fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>, most: usize) -> Result<Self, KvmError> {
-        let mut slots = Self { vm, memory, set: Vec::new(), most };
+        let mut slots = Self { vm, memory, set: BTreeMap::new(), free: Vec::new(), most };
         slots.refresh()?;
         Ok(slots)
     }
@@ -46,34 +49,35 @@ impl Slots {
     /// that goes takes everything with it that KVM has derived from it.
     pub fn refresh(&mut self) -> Result<(), KvmError> {
         let wanted = self.runs()?;
-        for number in 0..self.set.len() {
-            let Some(old) = self.set[number] else { continue };
-            let stays = |run: &Run| Run { logged: old.logged, ..*run } == old;
-            match wanted.iter().find(|run| stays(run)) {
-                Some(run) if *run == old => {}
-                // The flag alone is changed in place.
-                Some(run) => self.put(number, run)?,
-                None => self.take(number, &old)?,
-            }
+        let stays = |old: &Run, wanted: &[Run]| {
+            let found = wanted.binary_search_by_key(&old.gfn, |run| run.gfn).ok();
+            found.is_some_and(|at| Run { logged: old.logged, ..wanted[at] } == *old)
+        };
+        let gone: Vec<Gfn> =
+            self.set.values().filter(|(_, run)| !stays(run, &wanted)).map(|(_, run)| run.gfn).collect();
+        for gfn in gone {
+            self.take(gfn)?;
         }
         for run in wanted {
-            if self.set.contains(&Some(run)) {
-                continue;
-            }
-            let free = self.set.iter().position(Option::is_none).unwrap_or(self.set.len());
-            self.put(free, &run)?;
+            let number = match self.set.get(&run.gfn) {
+                Some((_, old)) if *old == run => continue,
+                // The flag alone is changed in place.
+                Some(&(number, _)) => number,
+                None => self.free.pop().unwrap_or(self.set.len() as u32),
+            };
+            self.tell(number, &run, run.frames)?;
+            self.set.insert(run.gfn, (number, run));
         }
         Ok(())
     }
 
     /// Marks in the dirty log what the guest has written since the last call.
     pub fn sync_dirty_log(&self) -> Result<(), KvmError> {
-        for (number, run) in self.set.iter().enumerate() {
-            let Some(run) = run.filter(|run| run.logged) else { continue };
+        for (number, run) in self.set.values().filter(|(_, run)| run.logged) {
             let size = (run.frames * PAGE_SIZE) as usize;
             let words = self
                 .vm
-                .get_dirty_log(number as u32, size)
+                .get_dirty_log(*number, size)
                 .map_err(doing("reading the dirty log of a memory slot"))?;
             for (i, mut word) in words.into_iter().enumerate() {
                 while word != 0 {
@@ -89,7 +93,7 @@ impl Slots {
 
     /// How many slots are in use.
     pub fn count(&self) -> usize {
-        self.set.iter().flatten().count()
+        self.set.len()
     }
 
     fn runs(&self) -> Result<Vec<Run>, KvmError> {
@@ -122,28 +126,22 @@ impl Slots {
         Ok(runs)
     }
 
-    fn put(&mut self, number: usize, run: &Run) -> Result<(), KvmError> {
-        self.tell(number, run, run.frames)?;
-        if number == self.set.len() {
-            self.set.push(None);
+    fn take(&mut self, gfn: Gfn) -> Result<(), KvmError> {
+        if let Some(&(number, run)) = self.set.get(&gfn) {
+            self.tell(number, &run, 0)?;
+            self.set.remove(&gfn);
+            self.free.push(number);
         }
-        self.set[number] = Some(*run);
         Ok(())
     }
 
-    fn take(&mut self, number: usize, run: &Run) -> Result<(), KvmError> {
-        self.tell(number, run, 0)?;
-        self.set[number] = None;
-        Ok(())
-    }
-
-    fn tell(&self, number: usize, run: &Run, frames: u64) -> Result<(), KvmError> {
+    fn tell(&self, number: u32, run: &Run, frames: u64) -> Result<(), KvmError> {
         let mut flags = if run.writable { 0 } else { KVM_MEM_READONLY };
         if run.logged {
             flags |= KVM_MEM_LOG_DIRTY_PAGES;
         }
         let region = kvm_userspace_memory_region {
-            slot: number as u32,
+            slot: number,
             flags,
             guest_phys_addr: run.gfn.base().0,
             memory_size: frames * PAGE_SIZE,
@@ -158,11 +156,9 @@ impl Slots {
 
 impl Drop for Slots {
     fn drop(&mut self) {
-        for number in 0..self.set.len() {
-            if let Some(run) = self.set[number] {
-                // Others may still hold the machine; it must not show memory that goes now.
-                let _gone_with_the_machine_else = self.take(number, &run);
-            }
+        for (number, run) in self.set.values() {
+            // Others may still hold the machine; it must not show memory that goes now.
+            let _gone_with_the_machine_else = self.tell(*number, run, 0);
         }
     }
 }
