@@ -267,7 +267,9 @@ impl Vcpu for KvmCpu {
                     return Ok(Exit::TprWrite(tpr));
                 }
             }
-            if left == Left::Interrupted {
+            if left != Left::Interrupted {
+                self.kick.has_moved();
+            } else {
                 if !self.kick.is_due(deadline) {
                     // Another signal: whoever sent it is looked at when the deadline comes, which is soon.
                     continue;
