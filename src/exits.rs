@@ -6,6 +6,7 @@
 
 use crate::end::End;
 use crate::error::Error;
+use crate::host_cpu::CpuKind;
 use crate::machine::Machine;
 use crate::run::{PagingChange, Step};
 use devices::Shutdown;
@@ -31,15 +32,15 @@ const MSR_TSC_ADJUST: u32 = 0x3b;
 const NAP: Duration = Duration::from_millis(20);
 
 /// The counter for an exit; `None` for the second half of a fault that is already counted. On a CPU whose faults are not ours
-/// (`direct`) an access to device memory is an exit by itself.
-pub(crate) fn cause(exit: &Exit, host_deadline: bool, direct: bool) -> Option<Counter> {
+/// an access to device memory is an exit by itself.
+pub(crate) fn cause(exit: &Exit, host_deadline: bool, cpu: CpuKind) -> Option<Counter> {
     Some(match exit {
         Exit::Fault(fault) => match fault.kind {
             FaultKind::Page(_) => Counter::ExitPageFault,
             FaultKind::EptViolation { .. } => Counter::ExitEptViolation,
             FaultKind::EptMisconfig { .. } => Counter::ExitEptMisconfig,
         },
-        Exit::MmioRead { .. } | Exit::MmioWrite { .. } if direct => Counter::ExitMmio,
+        Exit::MmioRead { .. } | Exit::MmioWrite { .. } if cpu == CpuKind::Kvm => Counter::ExitMmio,
         Exit::TableWritten(_) | Exit::MmioRead { .. } | Exit::MmioWrite { .. } => return None,
         Exit::Cr3Load { .. } => Counter::ExitCr3Load,
         Exit::PagingControl { .. } => Counter::ExitPagingControl,
@@ -374,8 +375,8 @@ mod tests {
     fn an_access_to_device_memory_is_an_exit_where_the_faults_are_not_ours() {
         let write = Exit::MmioWrite { gpa: Gpa(0xfee0_00b0), size: 4, value: 0 };
         for exit in [Exit::MmioRead { gpa: Gpa(0xfee0_0020), size: 4 }, write] {
-            assert_eq!(cause(&exit, false, true), Some(Counter::ExitMmio));
-            assert_eq!(cause(&exit, false, false), None);
+            assert_eq!(cause(&exit, false, CpuKind::Kvm), Some(Counter::ExitMmio));
+            assert_eq!(cause(&exit, false, CpuKind::Soft), None);
         }
     }
 

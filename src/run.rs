@@ -332,8 +332,7 @@ impl Machine {
         if told && *exit == Exit::Deadline {
             return None;
         }
-        let direct = self.config.cpu == CpuKind::Kvm;
-        let cause = crate::exits::cause(exit, self.loop_state.host_deadline, direct)?;
+        let cause = crate::exits::cause(exit, self.loop_state.host_deadline, self.config.cpu)?;
         self.loop_state.exits += 1;
         self.counters.count(cause);
         Some(cause)
