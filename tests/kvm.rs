@@ -63,9 +63,9 @@ fn guests_pass_on_the_hosts_cpu() {
     for name in names {
         let ran = run(config(guest(name), LONG));
         assert!(ends_as(guest(name).ending, ran.end()), "{name}: {}\n{}", ran.end(), ran.serial);
-        let soft = common::run(common::config(guest(name), MmuKind::Ept));
-        assert_eq!(ran.serial, soft.serial, "{name}");
         if EVERYWHERE.contains(&name) {
+            let soft = common::run(common::config(guest(name), MmuKind::Ept));
+            assert_eq!(ran.serial, soft.serial, "{name}");
             // It polls nothing, so that it does not depend on time how often it asks its devices.
             assert_eq!(ran.report.counts.devices, soft.report.counts.devices, "{name}");
         }
@@ -106,8 +106,9 @@ fn hostile_guests_end_by_themselves_or_at_the_limit() {
         let took = began.elapsed();
         assert!(took < Duration::from_secs(SHORT + 10), "{} took {took:?}", guest.name);
         match ran.ended {
-            // One that is meant to end may be too slow here; none that is not may end.
-            Ok(End::TimeLimit { .. }) => {}
+            // One that is meant to end may be too slow here; none that is not may end. What a guest that checks the processor
+            // thinks of this one is not the question here: there are those that are emulated, and not by us.
+            Ok(End::TimeLimit { .. } | End::DebugExit { .. }) => {}
             Ok(end) => assert!(ends_as(guest.ending, end), "{}: {end}\n{}", guest.name, ran.serial),
             // What KVM cannot execute for a guest ends the run, in a sentence with an address.
             Err(Error::Cpu(error)) => {
