@@ -44,7 +44,7 @@ impl<'a> Examination<'a> {
             let cpu = &self.space.cpu;
             let expected = expect(cpu, &mut self.expected, touch, bytes, self.mistake, &mut self.left);
             outcome.count(self.tables, touch, fault_code(expected));
-            if !agrees(expected, got, touch.linear, open) {
+            if !agrees(expected, got, touch.linear, open, &self.space.limits) {
                 self.found.push(Disagreement::Access { nth, touch: *touch, expected, got });
             }
         }

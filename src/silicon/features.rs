@@ -22,6 +22,12 @@ pub struct Limits {
     /// Width of the addresses of 4 MiB pages. Up to 40 by the manual (§4.3, table 4-4); a KVM that shadows takes 36, and
     /// what lies above for reserved.
     pub pse36_width: u32,
+    /// The processor is emulated, by QEMU's TCG. It gives up altogether, "invalid tss type", when an exception changes the
+    /// privilege in 32-bit mode and the task register says "busy", which by the manual it must (SDM Vol. 3 §7.2.2).
+    pub tcg: bool,
+    /// TCG's walker walks the vCPU's tables. A reserved bit then clears P in the error code, where by the manual it is set
+    /// (§4.7); and the accessed flag is set in entries that have a reserved bit, and in the PDPTEs of PAE paging, which have none.
+    pub tcg_walks: bool,
 }
 
 /// What KVM_GET_SUPPORTED_CPUID offers of what paging reads.
@@ -66,6 +72,7 @@ impl Features {
         let [_, ebx7, ecx7, _] = leaf(7);
         let [_, _, _, extended] = leaf(0x8000_0001);
         let [widths, ..] = leaf(0x8000_0008);
+        let tcg = is_tcg(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default());
         if !bit(extended, 29) {
             return Err(Unavailable::Missing("long mode"));
         }
@@ -91,6 +98,8 @@ impl Features {
                     (true, false) => 36,
                     (true, true) => 40,
                 },
+                tcg,
+                tcg_walks: tcg && walker.is_hardware(),
             },
             modes: Vec::new(),
             cpuid,
@@ -119,9 +128,31 @@ impl Features {
             (!legacy || !self.limits.nxe_needs_pae, "EFER.NXE in 32-bit paging"),
             (!self.limits.bit_8_reserved, "bit 8 of entries that AMD's manual reserves it in"),
             (self.maxphyaddr < 52, "reserved bits above MAXPHYADDR"),
+            (!self.limits.tcg_walks, "P in the error code of reserved bits (QEMU's TCG)"),
+            (!self.limits.tcg_walks, "accessed flags beside reserved bits and in PDPTEs (QEMU's TCG)"),
         ]
         .into_iter()
         .filter_map(|(offered, name)| (!offered).then_some(name))
         .collect()
+    }
+}
+
+/// Whether the processor is one that QEMU's TCG emulates, by its name in `/proc/cpuinfo`.
+fn is_tcg(cpuinfo: &str) -> bool {
+    let mut names = cpuinfo.lines().filter_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    names.next().is_some_and(|(_, name)| name.starts_with("QEMU TCG CPU"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_emulated_processor_is_known_by_its_name() {
+        let named =
+            |name| format!("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: {name}\nflags\t: svm\n");
+        assert!(is_tcg(&named("QEMU TCG CPU version 2.5+")));
+        assert!(!is_tcg(&named("AMD EPYC 7B13")));
+        assert!(!is_tcg(""));
     }
 }

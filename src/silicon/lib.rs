@@ -7,9 +7,10 @@
 //! whose root is loaded as it is: an HPA is a physical address of the vCPU. The report says who answered ([`Walker`]).
 //!
 //! In reading order: `generate` and `entries` (tables), `touches` (accesses), `expect` (what the reference says), `vm` with `layout`, `stub`
-//! and `batch` (making the accesses), `judge` (the comparison), `oracle` (all of it), `shadowed` (shadow tables), `report`.
+//! and `batch` (making the accesses), `judge` (the comparison), `oracle` (all of it), `shadowed` (shadow tables), `report`, `counts`.
 
 mod batch;
+mod counts;
 mod entries;
 mod error;
 mod examine;
@@ -28,6 +29,7 @@ mod vm;
 mod watchdog;
 
 pub use batch::{Answer, Touch};
+pub use counts::Counts;
 pub use error::{Error, Unavailable};
 pub use expect::{Expected, Mistake};
 pub use features::{Features, Walker};

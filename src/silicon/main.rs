@@ -52,9 +52,10 @@ fn main() -> ExitCode {
         }
     };
     oracle.plant(arguments.plant.unwrap_or_default());
-    match run(&arguments, &mut oracle) {
-        Ok(outcome) => {
+    match run(&arguments, &mut oracle).and_then(|outcome| Ok((outcome, oracle.counts()?))) {
+        Ok((outcome, counts)) => {
             println!("{outcome}");
+            println!("  KVM itself counted: {counts}");
             if outcome.differing == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(error) => {

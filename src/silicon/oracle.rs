@@ -1,5 +1,6 @@
 //! The oracle: cases made, put to the vCPU and judged.
 
+use crate::counts::Counts;
 use crate::error::{Error, Unavailable};
 use crate::examine::Examination;
 use crate::expect::Mistake;
@@ -113,6 +114,15 @@ impl Oracle {
             }
         }
         Ok(outcome)
+    }
+
+    /// What KVM itself has counted of all machines so far.
+    pub fn counts(&self) -> Result<Counts, Error> {
+        let mut sum = Counts::default();
+        for vm in self.machines.values().map(|machine| &machine.vm).chain(&self.shadowing) {
+            sum.add(vm.counts()?);
+        }
+        Ok(sum)
     }
 
     fn machine(&mut self, mode: PagingMode) -> Result<&mut Machine, Error> {

@@ -5,6 +5,7 @@
 //! vCPU), once more at [`alias`] so that entries with high address bits lead somewhere, and the stub's frames.
 
 use crate::batch::{self, Answer, BATCH, Bits, Touch};
+use crate::counts::Counts;
 use crate::error::{Error, doing};
 use crate::features::Features;
 use crate::layout::*;
@@ -51,6 +52,7 @@ pub(crate) struct Vm {
     /// The longest that a list may take.
     limit: Duration,
     offers_keys: bool,
+    tcg: bool,
 }
 
 impl Vm {
@@ -66,7 +68,7 @@ impl Vm {
         let home = Home::new(HostMemory::new(STUB_FRAMES)?, mode);
         let alias = alias(features, mode);
         let watchdog = Watchdog::new();
-        let offers_keys = features.keys;
+        let (offers_keys, tcg) = (features.keys, features.limits.tcg);
         let vm = Self {
             vcpu,
             fd,
@@ -78,6 +80,7 @@ impl Vm {
             initial,
             limit: LIMIT,
             offers_keys,
+            tcg,
         };
         vm.slot(STUB_SLOT, STUB_PHYSICAL, vm.home.memory(), 0, STUB_FRAMES * PAGE_SIZE)?;
         Ok(vm)
@@ -124,6 +127,13 @@ impl Vm {
             self.pieces.push((slot, at));
         }
         Ok(())
+    }
+
+    /// What KVM has counted of this machine.
+    pub fn counts(&self) -> Result<Counts, Error> {
+        let mut counts = Counts::of(&self.fd)?;
+        counts.add(Counts::of(&self.vcpu)?);
+        Ok(counts)
     }
 
     fn hide(&mut self) -> Result<(), Error> {
@@ -230,7 +240,9 @@ impl Vm {
         sregs.ss = segment(KERNEL_DATA, 3);
         let data = segment(USER_DATA, 3);
         (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data);
-        let task = kvm_segment { base: tss, limit: TSS_LIMIT, db: 0, s: 0, g: 0, ..segment(TASK, 11) };
+        // A busy 32-bit or 64-bit TSS; see `Limits::tcg`.
+        let type_ = if self.tcg { 9 } else { 11 };
+        let task = kvm_segment { base: tss, limit: TSS_LIMIT, db: 0, s: 0, g: 0, ..segment(TASK, type_) };
         sregs.tr = kvm_segment { l: 0, ..task };
         (sregs.gdt.base, sregs.gdt.limit) = (gdt, GDT_LIMIT);
         (sregs.idt.base, sregs.idt.limit) = (idt, IDT_LIMIT);
