@@ -3,7 +3,7 @@
 # Nothing is installed and root is not needed: packages are downloaded with apt-get and only unpacked.
 #
 # It relies on what every Debian system has (bash, coreutils, dpkg, apt, perl-base). --vmlinux also needs the
-# decompressor of the kernel's payload (gzip, xz, zstd or lz4), and says which.
+# decompressor of the kernel's payload (gzip, xz, zstd or lz4), --modules that of its modules where they are packed; both say which.
 set -euo pipefail
 export LC_ALL=C
 umask 022
@@ -22,6 +22,7 @@ Puts into the output folder: vmlinuz (a stock kernel), initramfs.cpio (busybox a
   --package NAME   take the kernel from this package (default: the one that linux-image-cloud-amd64 depends on)
   --busybox FILE   use this static busybox rather than the one of the package busybox-static
   --memtest        also memtest86+-x64.bin and memtest86+-ia32.bin, from the package memtest86+
+  --modules        also modules.cpio, the kernel's own KVM and what it needs, for docs/nested.md
   --vmlinux        also vmlinux, the ELF kernel inside the bzImage, for a PVH or direct ELF boot
   --force          make everything again
   --help           this text
@@ -33,14 +34,14 @@ TEXT
 say() { printf 'make.sh: %s\n' "$*" >&2; }
 fail() { say "$*"; exit 1; }
 
-output=$root/target/linux kernel='' package='' busybox='' memtest=0 vmlinux=0 force=0
+output=$root/target/linux kernel='' package='' busybox='' memtest=0 modules=0 vmlinux=0 force=0
 while [ $# -gt 0 ]; do
     case $1 in
         --output | --kernel | --package | --busybox)
             [ $# -ge 2 ] || { say "$1 needs a value"; exit 2; }
             printf -v "${1#--}" %s "$2"
             shift ;;
-        --memtest | --vmlinux | --force) printf -v "${1#--}" %s 1 ;;
+        --memtest | --modules | --vmlinux | --force) printf -v "${1#--}" %s 1 ;;
         --help | -h) usage; exit 0 ;;
         *) say "unknown argument '$1'"; usage >&2; exit 2 ;;
     esac
@@ -166,6 +167,50 @@ make_initramfs() {
 applets='[ awk cat cp dd dmesg echo false gzip halt head hexdump kill ls md5sum mkdir mount mv poweroff ps reboot
     rev rm seq sh sha256sum sleep sort sync tail test touch tr true umount uname wc yes'
 
+# Prints the module $1 of the kernel's package and before it those that it needs, a file a line; nothing is listed twice.
+needed_modules() {
+    local name=${1//-/_} found depends need tool
+    case " $listed " in *" $name "*) return ;; esac
+    listed="$listed $name"
+    # The file may be named with either sign, and be packed.
+    found=$(find "$work/$package" -path '*/lib/modules/*' \( -name "$name.ko*" -o -name "${name//_/-}.ko*" \) | head -n 1)
+    [ -n "$found" ] || fail "the package '$package' holds no module '$name'"
+    case $found in
+        *.ko) tool='' ;;
+        *.ko.xz) tool=xz ;;
+        *.ko.zst) tool=zstd ;;
+        *.ko.gz) tool=gzip ;;
+        *) fail "the module '$found' is packed in a way not known here" ;;
+    esac
+    if [ -n "$tool" ]; then
+        command -v "$tool" >/dev/null || fail "--modules needs '$tool' for this kernel (apt-get install ${tool/%xz/xz-utils})"
+        "$tool" -dc <"$found" >"${found%.*}" || fail "unpacking '$found' failed"
+        found=${found%.*}
+    fi
+    depends=$(tr '\0' '\n' <"$found" | sed -n 's/^depends=//p')
+    for need in ${depends//,/ }; do needed_modules "$need"; done
+    echo "$found" >>"$work/modules"
+}
+
+# An archive of its own: the kernel unpacks several, one behind the other, so a guest that wants them has both. `order` names
+# the modules in the order in which they can be loaded; which of the last two is for the processor to say.
+make_modules() {
+    [ -z "$kernel" ] || fail "--modules takes the modules from the kernel's package, so it cannot be used with --kernel"
+    local file listed=''
+    : >"$work/modules"
+    needed_modules kvm_intel
+    needed_modules kvm_amd
+    {
+        echo "dir modules 0755"
+        while read -r file; do
+            echo "file modules/${file##*/} 0644 $file"
+            echo "${file##*/}" >>"$work/order"
+        done <"$work/modules"
+        echo "file modules/order 0644 $work/order"
+    } >"$work/list"
+    perl "$here/cpio.pl" <"$work/list" >"$work/modules.cpio" || fail "could not write the archive of modules"
+}
+
 make_memtest() {
     unpack memtest86+
     local bits
@@ -183,6 +228,7 @@ make_memtest() {
 # --force does that. Without the same options the missing parts are made; parts made earlier stay.
 wanted="vmlinuz initramfs.cpio"
 [ "$vmlinux" = 0 ] || wanted="$wanted vmlinux"
+[ "$modules" = 0 ] || wanted="$wanted modules.cpio"
 [ "$memtest" = 0 ] || wanted="$wanted memtest86+-x64.bin memtest86+-ia32.bin"
 stamp=$({
     cat "$here/make.sh" "$here/init" "$here/cpio.pl"
@@ -206,17 +252,19 @@ fi
 make_kernel
 make_initramfs
 [ "$vmlinux" = 0 ] || make_vmlinux
+[ "$modules" = 0 ] || make_modules
 [ "$memtest" = 0 ] || make_memtest
 
-# A vmlinux that was taken out of another kernel must not stay beside this one.
-if [ "$vmlinux" = 0 ] && [ -f "$output/vmlinux" ] && ! cmp -s "$work/vmlinuz" "$output/vmlinuz"; then
-    rm "$output/vmlinux"
+# What was taken out of another kernel must not stay beside this one.
+if ! cmp -s "$work/vmlinuz" "$output/vmlinuz"; then
+    [ "$vmlinux" = 1 ] || rm -f "$output/vmlinux"
+    [ "$modules" = 1 ] || rm -f "$output/modules.cpio"
 fi
 rm -f "$output/.stamp"
 for file in $wanted; do mv "$work/$file" "$output/$file"; done
 (
     cd "$output"
-    for file in vmlinuz initramfs.cpio vmlinux memtest86+-x64.bin memtest86+-ia32.bin; do
+    for file in vmlinuz initramfs.cpio vmlinux modules.cpio memtest86+-x64.bin memtest86+-ia32.bin; do
         [ ! -f "$file" ] || sha256sum "$file"
     done >SHA256SUMS
 )
