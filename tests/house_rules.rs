@@ -110,6 +110,7 @@ fn dependencies_point_one_way() {
         ("devices", &[]),
         ("boot", &[]),
         ("guests", &[]),
+        ("nest", &[]),
         ("yardstick", &[]),
         (
             "harness",
