@@ -35,7 +35,7 @@ pub struct SoftCpu {
     pub(crate) core: FrameBox,
     code: CodeCache,
     /// The engine, if it is not the interpreter alone.
-    translator: Option<Translator>,
+    pub(crate) translator: Option<Translator>,
     /// The exit that waits for its answer.
     pub(crate) pending: Option<Exit>,
 }
@@ -93,6 +93,11 @@ impl SoftCpu {
     pub(crate) fn set_registers(&mut self, state: &ArchState) {
         self.core.set_arch_state(state);
         self.pending = None;
+    }
+
+    /// Drops what the interpreter has decoded.
+    pub(crate) fn clear_decoded(&mut self) {
+        self.code.clear(&mut self.core);
     }
 
     /// Turns [`Core::exception`] into the event to be delivered, or into a double or triple fault.

@@ -44,6 +44,7 @@ pub mod tlb;
 pub mod tlb_array;
 pub mod tlb_inline;
 pub mod translate;
+pub mod user_mode;
 pub mod vector;
 pub mod walk;
 pub mod width;

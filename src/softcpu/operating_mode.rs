@@ -42,6 +42,7 @@ impl Core {
     /// Recomputes what depends on segments, control registers, CPL and EFLAGS: call after any of them changed, and end
     /// the block.
     pub fn mode_changed(&mut self) {
+        self.hot.kernel_entries += u64::from(self.cpl != 3);
         let cs = &self.segments[seg::CS];
         self.mode64 = self.long_mode() && cs.long();
         let big = cs.big();

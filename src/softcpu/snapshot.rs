@@ -116,6 +116,19 @@ impl Core {
         self.native.repeating = pending.repeating;
     }
 
+    /// Replaces the x87, SSE and AVX state.
+    pub(crate) fn load_vector_state(&mut self, state: &ArchState) {
+        let mut image = *self.fpu.image();
+        for (bytes, word) in image.chunks_exact_mut(8).zip(&state.fxsave) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+        // An image with reserved MXCSR bits, which no CPU can have held, leaves the state as it is.
+        let _refused = self.fpu.load_image(&image);
+        for (number, halves) in state.ymm_high.chunks_exact(2).take(16).enumerate() {
+            self.fpu.set_ymm_high(number, u128::from(halves[1]) << 64 | u128::from(halves[0]));
+        }
+    }
+
     /// Replaces everything architectural. What an instruction under way had been answered is forgotten.
     pub fn set_arch_state(&mut self, state: &ArchState) {
         self.regs[..16].copy_from_slice(&state.gprs);
@@ -133,15 +146,7 @@ impl Core {
         self.cr2 = state.cr2;
         self.debug = state.debug;
         self.xcr0 = state.xcr0;
-        let mut image = *self.fpu.image();
-        for (bytes, word) in image.chunks_exact_mut(8).zip(&state.fxsave) {
-            bytes.copy_from_slice(&word.to_le_bytes());
-        }
-        // An image with reserved MXCSR bits, which no CPU can have held, leaves the state as it is.
-        let _refused = self.fpu.load_image(&image);
-        for (number, halves) in state.ymm_high.chunks_exact(2).take(16).enumerate() {
-            self.fpu.set_ymm_high(number, u128::from(halves[1]) << 64 | u128::from(halves[0]));
-        }
+        self.load_vector_state(state);
         for (index, value) in &state.msrs {
             if let Some((_, slot)) = msrs!(self.msrs).into_iter().find(|(i, _)| i == index) {
                 *slot = *value;

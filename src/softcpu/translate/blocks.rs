@@ -13,6 +13,7 @@ use super::block::ExitForm;
 use super::crossing::Second;
 use super::frame::{CODE_PAGES, FrameBox, MODES};
 use super::mode::Mode;
+use super::trust::Trust;
 use crate::cache::{FixedHash, Owner, granules};
 use crate::op::Op;
 use guestmem::{Hfn, Hpa};
@@ -78,6 +79,8 @@ pub struct Block {
     pub ops: Vec<Box<Op>>,
     /// Entries of the indirect-branch cache that lead to it.
     pub slots: Vec<u16>,
+    /// A hash of its bytes, for code of user mode ([`super::trust`]).
+    pub hash: u64,
 }
 
 impl Block {
@@ -130,6 +133,8 @@ pub struct Blocks {
     filled: [Option<Vec<u16>>; MODES],
     /// Grows whenever blocks may have gone.
     pub epoch: u64,
+    /// Which code of user mode is as it was translated.
+    pub(super) trust: Trust,
     /// How often everything was dropped because the code was full.
     pub overflows: u64,
 }
@@ -154,6 +159,7 @@ impl Blocks {
             unshared: HashMap::default(),
             filled: Default::default(),
             epoch: 0,
+            trust: Trust::default(),
             overflows: 0,
         }
     }
@@ -222,6 +228,26 @@ impl Blocks {
             }
             keep
         });
+    }
+
+    /// Forgets where pages of user mode's code are mapped.
+    pub(super) fn forget_user_pages(&mut self, core: &mut FrameBox) {
+        let Self { known, pages, .. } = self;
+        let user: Vec<u32> = pages.iter().filter(|&(key, _)| key & 1 != 0).map(|(_, &page)| page).collect();
+        let mut of_user = vec![false; pages.len()];
+        user.iter().for_each(|&page| of_user[page as usize] = true);
+        known.retain(|&(page, _)| {
+            let forget = of_user.get(page as usize).copied().unwrap_or(false);
+            if forget {
+                *core.page_mut(page as usize) = UNKNOWN;
+            }
+            !forget
+        });
+    }
+
+    /// The blocks with bytes in a frame.
+    pub(super) fn in_frame(&self, frame: Hfn) -> &[u32] {
+        self.by_frame.get(&frame.0).map_or(&[], Vec::as_slice)
     }
 
     /// Forgets what is mapped at a linear page.
@@ -406,6 +432,7 @@ impl Blocks {
         self.pages.clear();
         self.heat.clear();
         self.unshared.clear();
+        self.trust.clear();
         self.arena.start_over(self.floor);
     }
 

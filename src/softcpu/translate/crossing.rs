@@ -61,6 +61,11 @@ impl Translator {
             self.drop_block(core, index);
             return Ok(false);
         }
+        let user = self.blocks.get(index).is_some_and(|b| b.mode.user());
+        self.trust(core, user, second.frame);
+        if self.blocks.get(index).is_none_or(|b| b.second.is_none()) {
+            return Ok(false);
+        }
         let global = core.tlb.fetch.is_global(next, core.tlb.fetch_key);
         self.blocks.know_page(core, second.page, next, global);
         Ok(true)

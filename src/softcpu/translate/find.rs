@@ -82,6 +82,7 @@ impl Translator {
     #[cold]
     fn find_slow(&mut self, core: &mut FrameBox, mode: Mode, ip: u64, slot: usize) -> Result<u32, Stop> {
         let hpa = core.translate_fetch(ip)?;
+        self.trust(core, mode.user(), hpa.frame());
         let jump = self.jumps[slot];
         if jump.ip == ip
             && let Some(block) = self.blocks.get(jump.block)

@@ -68,6 +68,8 @@ pub struct Hot {
     /// What was left of the budget when IRET set RF: while so much is left, no instruction has been executed since, and RF is
     /// set although the flags do not say so. [`super::run`] puts it there when the code is left.
     pub resumed_at: i64,
+    /// Grows whenever code at a privilege level below 3 is entered.
+    pub kernel_entries: u64,
     /// The vector registers and MXCSR of the host are the guest's although code runs that does not have them: the way back to
     /// user mode finds them there, and whoever calls compiled code saves them first.
     pub live: u64,

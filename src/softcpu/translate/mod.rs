@@ -55,6 +55,7 @@ pub mod stretch;
 pub mod substitute;
 pub mod system_calls;
 pub mod translation;
+pub mod trust;
 
 pub use frame::FrameBox;
 pub use layout::Hot;

@@ -120,6 +120,8 @@ pub fn set_privilege(asm: &mut Asm, cpl: u8, mode: Mode) {
     asm.store_imm32(field(hot!(undone)), 0);
     if cpl == 3 {
         asm.store_imm32(field(hot!(kernel_vectors)), 0);
+    } else {
+        asm.alu_mem_imm(8, 0, field(hot!(kernel_entries)), 1);
     }
 }
 

@@ -16,6 +16,7 @@ use super::flag_state::FlagState;
 use super::frame::{self, FrameBox};
 use super::mode::Mode;
 use super::run::Translator;
+use super::trust;
 use crate::op::Stop;
 use guestmem::{Hfn, Hpa, PAGE_SIZE};
 use mmu::Counter;
@@ -158,7 +159,9 @@ impl Translator {
             incoming: Vec::new(),
             ops,
             slots: Vec::new(),
+            hash: 0,
         };
+        let block = Block { hash: trust::hash_of(core, &block), ..block };
         Some(self.blocks.insert(core, block))
     }
 }
@@ -177,5 +180,6 @@ fn untranslated(hpa: Hpa, mode: Mode, page: u32) -> Block {
         incoming: Vec::new(),
         ops: Vec::new(),
         slots: Vec::new(),
+        hash: 0,
     }
 }
