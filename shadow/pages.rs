@@ -371,7 +371,7 @@ pub(crate) fn read(host: &HostMemory, at: EntryRef) -> u64 {
 /// Writes an entry.
 #[inline]
 pub(crate) fn write(host: &HostMemory, at: EntryRef, raw: u64) {
-    let written = host.write_u64(at.address(), raw);
+    let written = host.write_entry(at.address(), raw);
     debug_assert!(written.is_some());
 }
 

@@ -295,6 +295,7 @@ impl GuestMemory {
     pub fn allocate_table(&self) -> Result<Hfn, MemoryError> {
         let mut tables = lock(&self.tables);
         let frame = tables.allocate().ok_or(MemoryError::OutOfTableFrames { capacity: tables.capacity() })?;
+        self.host.note_new_table(frame);
         self.host.zero_frame(frame);
         Ok(frame)
     }

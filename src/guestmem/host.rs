@@ -17,6 +17,7 @@
 use crate::accounts::filled;
 use crate::addr::{Hfn, Hpa, PAGE_SIZE};
 use crate::map::PhysMap;
+use crate::table_edits::{EditLog, TableEdits};
 use crate::writes::WriteLog;
 use std::fs::File;
 use std::os::fd::FromRawFd;
@@ -81,6 +82,7 @@ pub struct HostMemory {
     code_written: AtomicBool,
     code_writes: Mutex<Vec<(Hpa, u64)>>,
     writes: WriteLog,
+    edits: EditLog,
 }
 
 // SAFETY: `base` points to the mapping that `region` owns for as long as `self` lives; all access through it is
@@ -151,6 +153,7 @@ impl HostMemory {
             code_written: AtomicBool::new(false),
             code_writes: Mutex::new(Vec::new()),
             writes: WriteLog::default(),
+            edits: EditLog::default(),
         })
     }
 
@@ -327,6 +330,36 @@ impl HostMemory {
     /// CPU may still write by its TLB must be counted in at the *next* call.
     pub fn take_writes(&self) -> Vec<Hfn> {
         self.writes.take()
+    }
+
+    /// Begins to note which entries of the engine's tables are changed ([`TableEdits`]).
+    pub fn start_edit_log(&self) {
+        self.edits.start();
+    }
+
+    /// Writes an entry of a table of the engine's; `None` outside.
+    #[inline]
+    pub fn write_entry(&self, hpa: Hpa, value: u64) -> Option<()> {
+        if self.edits.is_active() && self.read_u64(hpa).is_some_and(|old| old & 1 != 0 && old != value) {
+            self.edits.note(hpa);
+        }
+        self.write_u64(hpa, value)
+    }
+
+    /// The entries changed since the last call.
+    pub fn take_table_edits(&self) -> TableEdits {
+        self.edits.take()
+    }
+
+    /// A frame becomes a table and will be filled with zeros.
+    pub(crate) fn note_new_table(&self, frame: Hfn) {
+        if self.edits.is_active() {
+            let held = (0..PAGE_SIZE / 8)
+                .any(|i| self.read_u64(frame.base().wrapping_add(i * 8)).is_some_and(|e| e & 1 != 0));
+            if held {
+                self.edits.note_everything();
+            }
+        }
     }
 
     #[cold]

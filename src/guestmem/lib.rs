@@ -25,6 +25,7 @@ mod guest_tests;
 pub mod host;
 mod layout;
 pub mod map;
+pub mod table_edits;
 mod view;
 pub mod writes;
 
@@ -33,4 +34,5 @@ pub use dirty::DirtyLog;
 pub use guest::{Backing, GuestMemory, MemoryConfig, MemoryError, RegionConfig, RegionKind};
 pub use host::{FrameMark, HostMemory};
 pub use map::{Policy, Slot};
+pub use table_edits::TableEdits;
 pub use writes::WriteLog;
