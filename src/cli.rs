@@ -207,11 +207,6 @@ fn squares(args: &CompareArgs, base: &MachineConfig) -> Result<Vec<MachineConfig
             let config = base.clone().with_mmu(mmu);
             match cpu {
                 CpuKind::Soft => configs.extend(on_each_engine(config)),
-                CpuKind::Kvm if mmu == MmuKind::Shadow && args.mmu.len() > 1 => {
-                    eprintln!(
-                        "antumbra: kvm/shadow is left out: --cpu kvm runs whole guests under --mmu ept only"
-                    );
-                }
                 // The host's CPU has no engine to choose.
                 CpuKind::Kvm => {
                     host_cpu::check(&config)?;

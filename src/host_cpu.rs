@@ -5,11 +5,13 @@
 
 use crate::backend::MmuKind;
 use crate::clock::ClockKind;
+use crate::direct::DirectCpu;
 use crate::error::Error;
 use crate::machine::{Machine, MachineConfig, Wiring};
 use kvmcpu::{Blank, Host, KvmCpu, Leaf};
 use mmu::MmuBackend;
-use softcpu::CpuModel;
+use softcpu::{CpuModel, SoftCpu};
+use std::sync::Arc;
 use vcpu::Vcpu;
 
 /// Which CPU.
@@ -80,9 +82,6 @@ fn leaves(model: &CpuModel) -> Vec<Leaf> {
 /// Whether the host's CPU can do what is asked for.
 pub(crate) fn check(config: &MachineConfig) -> Result<(), Error> {
     let refused = |what: &str| Err(Error::Option(format!("--cpu kvm {what}")));
-    if config.mmu == MmuKind::Shadow {
-        return refused("runs whole guests under --mmu ept only; with --mmu shadow use --cpu soft");
-    }
     if config.clock == ClockKind::Virtual {
         return refused(
             "has the host's clock: --clock virtual counts instructions, which the host's CPU does not",
@@ -91,7 +90,7 @@ pub(crate) fn check(config: &MachineConfig) -> Result<(), Error> {
     if config.limits.instructions.is_some() {
         return refused("does not count instructions: use --timeout in place of --max-instructions");
     }
-    if config.audit_every.is_some() {
+    if config.audit_every.is_some() && config.mmu == MmuKind::Ept {
         return refused("has no tables of ours that --audit could check");
     }
     Ok(())
@@ -103,6 +102,15 @@ pub(crate) fn machine(config: MachineConfig, wiring: Wiring) -> Result<Machine, 
     let host = Host::open()?;
     let blank = Blank::new(&host, &leaves(&config.cpu_model))?;
     let notes = [blank.note(), (!blank.walker().traps_cpuid()).then(|| USER_CPUID.to_owned())];
+    if config.mmu == MmuKind::Shadow {
+        let (model, engine, code_cache) = (config.cpu_model.clone(), config.engine, config.code_cache);
+        let mut machine = Machine::with_cpu(config, wiring, model.tsc_hz(), |memory| {
+            let soft = SoftCpu::with_code_cache(Arc::clone(&memory), model, engine, code_cache)?;
+            Ok(Box::new(DirectCpu::new(soft, blank, memory)?))
+        })?;
+        machine.notes.extend(notes.into_iter().flatten());
+        return Ok(machine);
+    }
     let mut machine = Machine::assemble(config, wiring, blank.tsc_hz(), |memory| {
         let (cpu, paging) = KvmCpu::new(blank, memory)?;
         Ok((Box::new(cpu) as Box<dyn Vcpu>, Some(Box::new(paging) as Box<dyn MmuBackend>)))
@@ -127,7 +135,6 @@ mod tests {
         assert!(check(&good).is_ok());
         let limits = Limits { instructions: Some(5), seconds: None };
         for (bad, word) in [
-            (good.clone().with_mmu(MmuKind::Shadow), "--mmu ept only"),
             (MachineConfig { clock: ClockKind::Virtual, ..good.clone() }, "host's clock"),
             (MachineConfig { limits, ..good.clone() }, "--timeout"),
             (MachineConfig { audit_every: Some(1), ..good.clone() }, "--audit"),

@@ -60,6 +60,9 @@ pub enum KvmError {
     /// Guest memory could not be had.
     #[error("giving KVM the guest's memory failed: {0}")]
     Memory(#[from] guestmem::MemoryError),
+    /// The stub's memory could not be had.
+    #[error("making memory for the stub of direct execution failed: {0}")]
+    Stub(String),
     /// KVM's instruction emulator does not know an instruction.
     #[error("running the guest failed at {rip:#x}: the host's KVM cannot emulate the instruction {bytes}")]
     Emulation {

@@ -95,19 +95,7 @@ impl Extended {
 
     /// Out of the vCPU into `state`.
     pub fn read(&self, vcpu: &VcpuFd, state: &mut ArchState) -> Result<(), KvmError> {
-        let area = vcpu.get_xsave().map_err(doing("reading the vCPU's extended state"))?;
-        let word = |at: usize| u64::from(area.region[2 * at + 1]) << 32 | u64::from(area.region[2 * at]);
-        let present = word(XSTATE_BV);
-        state.fxsave = (0..FXSAVE_WORDS).map(word).collect();
-        if present & 1 == 0 {
-            state.fxsave[0] = FCW_FIRST;
-        }
-        if present & X87_SSE == 0 {
-            state.fxsave[MXCSR_WORD] = state.fxsave[MXCSR_WORD] & !0xffff_ffff | MXCSR_FIRST;
-        }
-        let has_avx = present & AVX != 0;
-        state.ymm_high = (0..32).map(|i| if has_avx { word(AVX_AT + i) } else { 0 }).collect();
-        state.pkru = self.pkru_at.filter(|_| present & PKRU != 0).map_or(0, |at| word(at) as u32);
+        self.read_vectors(vcpu, state)?;
         if self.has_xcr0 {
             let xcrs = vcpu.get_xcrs().map_err(doing("reading the vCPU's XCR0"))?;
             let xcr0 = xcrs.xcrs.iter().take(xcrs.nr_xcrs as usize).find(|x| x.xcr == 0);
@@ -123,8 +111,35 @@ impl Extended {
         Ok(())
     }
 
+    /// The extended state alone, out of the vCPU into `state`.
+    pub fn read_vectors(&self, vcpu: &VcpuFd, state: &mut ArchState) -> Result<(), KvmError> {
+        let area = vcpu.get_xsave().map_err(doing("reading the vCPU's extended state"))?;
+        let word = |at: usize| u64::from(area.region[2 * at + 1]) << 32 | u64::from(area.region[2 * at]);
+        let present = word(XSTATE_BV);
+        state.fxsave = (0..FXSAVE_WORDS).map(word).collect();
+        if present & 1 == 0 {
+            state.fxsave[0] = FCW_FIRST;
+        }
+        if present & X87_SSE == 0 {
+            state.fxsave[MXCSR_WORD] = state.fxsave[MXCSR_WORD] & !0xffff_ffff | MXCSR_FIRST;
+        }
+        let has_avx = present & AVX != 0;
+        state.ymm_high = (0..32).map(|i| if has_avx { word(AVX_AT + i) } else { 0 }).collect();
+        state.pkru = self.pkru_at.filter(|_| present & PKRU != 0).map_or(0, |at| word(at) as u32);
+        Ok(())
+    }
+
     /// Out of `state` into the vCPU.
     pub fn write(&self, vcpu: &VcpuFd, state: &ArchState) -> Result<(), KvmError> {
+        self.write_vectors(vcpu, state)?;
+        for &(index, value) in state.msrs.iter().filter(|(index, _)| self.msrs.contains(index)) {
+            write_msr(vcpu, index, value)?;
+        }
+        Ok(())
+    }
+
+    /// The extended state and XCR0 alone, out of `state` into the vCPU.
+    pub fn write_vectors(&self, vcpu: &VcpuFd, state: &ArchState) -> Result<(), KvmError> {
         let mut area = kvm_xsave::default();
         let mut put = |at: usize, value: u64| {
             area.region[2 * at] = value as u32;
@@ -153,9 +168,6 @@ impl Extended {
         // SAFETY: the kernel reads more than the 4096 bytes of the structure only once a feature with a larger area was
         // asked for by arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which nothing in this program does.
         unsafe { vcpu.set_xsave(&area) }.map_err(doing("setting the vCPU's extended state"))?;
-        for &(index, value) in state.msrs.iter().filter(|(index, _)| self.msrs.contains(index)) {
-            write_msr(vcpu, index, value)?;
-        }
         Ok(())
     }
 }

@@ -20,6 +20,7 @@
 pub mod blank;
 pub mod cpu;
 pub mod cpuid;
+pub mod direct;
 pub mod error;
 pub mod extended;
 pub mod figures;
@@ -30,11 +31,15 @@ pub mod registers;
 mod run;
 pub mod slots;
 mod state;
+pub mod stub;
+pub mod tops;
+pub mod visible;
 pub mod walker;
 
 pub use blank::Blank;
 pub use cpu::KvmCpu;
 pub use cpuid::{Leaf, Offered};
+pub use direct::{Direct, Why};
 pub use error::KvmError;
 pub use open::Host;
 pub use paging::HostPaging;

@@ -73,6 +73,12 @@ impl SoftCpu {
         self.distrust_user_code();
     }
 
+    /// The instruction that user code has just executed elsewhere was stepped over by RFLAGS.TF.
+    pub fn trap_step(&mut self) {
+        self.core.native.single_step = true;
+        self.core.debug_trap();
+    }
+
     /// What was made of user mode's code may be of other bytes than are there now.
     fn distrust_user_code(&mut self) {
         self.clear_decoded();

@@ -1,0 +1,101 @@
+//! When user code is worth a change to the host's processor: a decision by how long it stayed there before.
+//!
+//! It stands beside the path of an access, between two slices of user code that the software CPU has executed. Entering the
+//! host's processor and coming back costs as much as a hundred thousand translated instructions; nobody knows beforehand how
+//! long a piece of user code will run before it faults or calls the system. So it is first translated for as long as the change
+//! would cost: then the whole is never more than twice the better of the two (the rule of renting skis until one
+//! could have bought them). An address space whose pieces were long is believed at once, one whose pieces were short must
+//! show more each time.
+//!
+//! The rule is that of Karlin, Manasse, Rudolph and Sleator, "Competitive Snoopy Caching" (1988), §2.
+
+use std::collections::BTreeMap;
+
+/// User code is looked at after so many instructions.
+pub const SLICE: u64 = 20_000;
+/// A piece must be as long as this before it is handed over, where nothing is known: about what a change costs.
+const FIRST: u64 = 6;
+/// And at most so long, where pieces were always short.
+const MOST: u64 = 256;
+/// A stay on the host's processor that is worth it, in nanoseconds.
+const WORTH: u64 = 150_000;
+/// Address spaces that are remembered.
+const SPACES: usize = 256;
+
+/// What is known.
+#[derive(Debug, Default)]
+pub struct Bursts {
+    /// By CR3: after how many slices a piece is handed over.
+    patience: BTreeMap<u64, u64>,
+    /// Slices of the present piece, and the number of entries to the kernel at its beginning.
+    slices: u64,
+    piece: u64,
+}
+
+impl Bursts {
+    /// A slice of user code has ended in an address space; the kernel has been entered so many times until now. Whether the
+    /// next is to be the host's.
+    pub fn slice_ended(&mut self, space: u64, kernel_entries: u64) -> bool {
+        if self.piece != kernel_entries {
+            (self.piece, self.slices) = (kernel_entries, 0);
+        }
+        self.slices += 1;
+        self.slices >= self.patience.get(&space).copied().unwrap_or(FIRST)
+    }
+
+    /// A stay on the host's processor has ended after so many nanoseconds; because its time was over, or not.
+    pub fn stayed(&mut self, space: u64, nanoseconds: u64, time_over: bool) {
+        if self.patience.len() >= SPACES {
+            self.patience.clear();
+        }
+        let patience = self.patience.entry(space).or_insert(FIRST);
+        *patience = match nanoseconds >= WORTH || time_over {
+            true => (*patience / 4).max(1),
+            false => (*patience * 2).min(MOST),
+        };
+        self.slices = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Slices until the next piece is handed over.
+    fn until(bursts: &mut Bursts, space: u64, piece: u64) -> u64 {
+        (1..).find(|_| bursts.slice_ended(space, piece)).unwrap()
+    }
+
+    #[test]
+    fn long_stays_are_believed_at_once_and_short_ones_ever_later() {
+        let mut bursts = Bursts::default();
+        assert_eq!(until(&mut bursts, 1, 10), FIRST);
+        bursts.stayed(1, 4_000_000, true);
+        assert_eq!(until(&mut bursts, 1, 11), 1);
+        assert_eq!(until(&mut bursts, 2, 12), FIRST, "another address space is not this one");
+        let waits: Vec<_> = (0..12)
+            .map(|n| {
+                bursts.stayed(2, 10_000, false);
+                until(&mut bursts, 2, 13 + n)
+            })
+            .collect();
+        assert!(waits.is_sorted() && waits[0] == 2 * FIRST && waits[11] == MOST, "{waits:?}");
+        bursts.stayed(2, WORTH, false);
+        assert_eq!(until(&mut bursts, 2, 40), MOST / 4);
+    }
+
+    #[test]
+    fn a_piece_that_enters_the_kernel_is_another() {
+        let mut bursts = Bursts::default();
+        for entries in 0..100 {
+            assert!(!bursts.slice_ended(1, entries));
+        }
+    }
+
+    #[test]
+    fn address_spaces_without_end_are_forgotten() {
+        let mut bursts = Bursts::default();
+        (0..10_000).for_each(|space| bursts.stayed(space, 0, false));
+        assert!(bursts.patience.len() <= SPACES);
+    }
+}

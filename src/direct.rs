@@ -1,0 +1,222 @@
+//! Direct execution: user code on the host's processor, all else on the software CPU, both over the same shadow tables
+//! (`--cpu kvm --mmu shadow`).
+//!
+//! It stands where a CPU stands. The software CPU has the guest's state and gives all exits; where it has executed user code for a
+//! while ([`crate::bursts`]), the registers go to the host's processor ([`kvmcpu::Direct`]) and come back at the first instruction that
+//! leaves user mode, which the software CPU then executes itself. That is VMware's division: the kernel translated, the user's code as it
+//! is.
+//!
+//! Time is the host's. Translated instructions count as ticks, and after each slice the ticks catch up with the host's clock.
+
+use crate::bursts::{Bursts, SLICE};
+use guestmem::{Gva, Hpa};
+use kvmcpu::{Blank, Direct, KvmError, Walker, Why};
+use mmu::entry::EntryFormat;
+use mmu::{Counters, Intercepts, PagingState, TableRoot, TlbFlush};
+use softcpu::SoftCpu;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+use vcpu::{Answer, ArchState, CachedTranslation, Entry, Exit, FigureGroup, HostFigures, Vcpu, VcpuError};
+
+/// A stay shorter than this is not begun, in nanoseconds.
+const LEAST: u64 = 100_000;
+const CR4_PKE: u64 = 1 << 22;
+/// Four levels of tables.
+const TOP_LEVEL: u8 = 4;
+
+/// What direct execution counts itself.
+#[derive(Debug, Default)]
+struct Tally {
+    stays: u64,
+    nanoseconds: u64,
+    system_calls: u64,
+    times_over: u64,
+    steps: u64,
+    no_place: u64,
+    not_emulated: u64,
+    vectors: BTreeMap<u8, u64>,
+}
+
+/// The CPU.
+pub struct DirectCpu {
+    soft: Box<SoftCpu>,
+    direct: Direct,
+    walker: Walker,
+    bursts: Bursts,
+    tally: Tally,
+    /// Instructions that KVM could not execute: where.
+    refused: Option<u64>,
+}
+
+impl DirectCpu {
+    /// Both halves.
+    pub fn new(soft: SoftCpu, blank: Blank, memory: Arc<guestmem::GuestMemory>) -> Result<Self, KvmError> {
+        let walker = blank.walker();
+        let direct = Direct::new(blank, memory)?;
+        Ok(Self {
+            soft: Box::new(soft),
+            direct,
+            walker,
+            bursts: Bursts::default(),
+            tally: Tally::default(),
+            refused: None,
+        })
+    }
+
+    /// The table that the host's processor can use, if it can be used now.
+    fn usable_root(&self, state: &ArchState) -> Option<Hpa> {
+        let TableRoot::Shadow { root, format, .. } = self.soft.table_root() else { return None };
+        let plain = self.soft.is_at_plain_user_code()
+            && state.cr4 & CR4_PKE == 0
+            && !state.ldtr.present()
+            && self.refused != Some(state.rip);
+        (plain && format.levels() == TOP_LEVEL).then_some(root)
+    }
+
+    /// Runs user code on the host's processor.
+    fn stay(&mut self, left: u64) -> Result<(), VcpuError> {
+        let mut state = self.soft.state();
+        let Some(root) = self.usable_root(&state) else { return Ok(()) };
+        let mut table = vec![0; (usize::from(state.gdtr.limit as u16) + 1) & !7];
+        if !self.soft.peek(Gva(state.gdtr.base), &mut table) {
+            return Ok(());
+        }
+        let (space, began) = (state.cr3, Instant::now());
+        let why = self.direct.run(&mut state, root, &table, left)?;
+        let took = began.elapsed().as_nanos() as u64;
+        let tally = &mut self.tally;
+        match why {
+            Why::NoPlace => {
+                tally.no_place += 1;
+                self.bursts.stayed(space, 0, false);
+                return Ok(());
+            }
+            Why::Vector(vector) => *tally.vectors.entry(vector).or_default() += 1,
+            Why::Step => tally.steps += 1,
+            Why::SystemCall => tally.system_calls += 1,
+            Why::Time => tally.times_over += 1,
+            Why::Emulation => {
+                tally.not_emulated += 1;
+                self.refused = Some(state.rip);
+            }
+        }
+        tally.stays += 1;
+        tally.nanoseconds += took;
+        self.bursts.stayed(space, took, why == Why::Time);
+        self.soft.take_user_registers(&state);
+        if why == Why::Step {
+            self.soft.trap_step();
+        }
+        Ok(())
+    }
+}
+
+impl Vcpu for DirectCpu {
+    fn run(&mut self, entry: Entry, deadline: u64) -> Result<Exit, VcpuError> {
+        let mut entry = Some(entry);
+        let (began, at) = (Instant::now(), self.soft.ticks());
+        loop {
+            let ticks = self.soft.ticks();
+            let slice = deadline.min(ticks.saturating_add(SLICE));
+            let exit = self.soft.run(entry.take().unwrap_or(Entry::Answer(Answer::Done)), slice)?;
+            if exit != Exit::Deadline {
+                return Ok(exit);
+            }
+            let now = at.saturating_add(began.elapsed().as_nanos() as u64);
+            self.soft.add_ticks(now.saturating_sub(self.soft.ticks()));
+            let left = deadline.saturating_sub(self.soft.ticks());
+            if left == 0 {
+                return Ok(Exit::Deadline);
+            }
+            if left < LEAST || !self.soft.is_at_plain_user_code() {
+                continue;
+            }
+            let space = self.soft.paging_state().cr3;
+            if self.bursts.slice_ended(space, self.soft.kernel_entries()) {
+                self.stay(left)?;
+                let now = at.saturating_add(began.elapsed().as_nanos() as u64);
+                self.soft.add_ticks(now.saturating_sub(self.soft.ticks()));
+                if self.soft.ticks() >= deadline {
+                    return Ok(Exit::Deadline);
+                }
+            }
+        }
+    }
+
+    fn ticks(&self) -> u64 {
+        self.soft.ticks()
+    }
+    fn add_ticks(&mut self, ticks: u64) {
+        self.soft.add_ticks(ticks);
+    }
+    fn retired(&self) -> u64 {
+        self.soft.retired()
+    }
+    fn counts_instructions(&self) -> bool {
+        false
+    }
+    fn paging_state(&self) -> PagingState {
+        self.soft.paging_state()
+    }
+    fn set_translation(&mut self, root: TableRoot, intercepts: Intercepts) {
+        self.soft.set_translation(root, intercepts);
+    }
+    fn flush(&mut self, flush: TlbFlush) {
+        self.direct.flush();
+        self.soft.flush(flush);
+    }
+    fn can_take_interrupt(&self) -> bool {
+        self.soft.can_take_interrupt()
+    }
+    fn is_delivering(&self) -> bool {
+        self.soft.is_delivering()
+    }
+    fn inject_interrupt(&mut self, vector: u8) {
+        self.soft.inject_interrupt(vector);
+    }
+    fn inject_nmi(&mut self) {
+        self.soft.inject_nmi();
+    }
+    fn request_interrupt_window(&mut self, wanted: bool) {
+        self.soft.request_interrupt_window(wanted);
+    }
+    fn state(&self) -> ArchState {
+        self.soft.state()
+    }
+    fn set_state(&mut self, state: &ArchState) {
+        self.soft.set_state(state);
+    }
+    fn cached_translations(&self) -> Vec<CachedTranslation> {
+        self.soft.cached_translations()
+    }
+    fn counters(&self) -> &Counters {
+        self.soft.counters()
+    }
+
+    fn host_figures(&self) -> Result<Option<HostFigures>, VcpuError> {
+        let tally = &self.tally;
+        let mut figures: Vec<(String, u64)> = [
+            ("stays on the host's processor", tally.stays),
+            ("nanoseconds there", tally.nanoseconds),
+            ("left for SYSCALL", tally.system_calls),
+            ("left because time was over", tally.times_over),
+            ("left for a single step", tally.steps),
+            ("left for what KVM could not execute", tally.not_emulated),
+            ("not begun: no place for the stub", tally.no_place),
+            ("table entries written again by the stub", self.direct.rewritten),
+            ("times that KVM had to forget all tables", self.direct.resets),
+        ]
+        .map(|(name, count)| (name.to_owned(), count))
+        .into();
+        figures.extend(tally.vectors.iter().map(|(v, &count)| (format!("left for exception {v}"), count)));
+        let mut groups = vec![FigureGroup { name: "direct execution".to_owned(), figures }];
+        groups.extend(self.direct.figures()?);
+        Ok(Some(HostFigures {
+            walker: self.walker.name().to_owned(),
+            sentence: self.walker.to_string(),
+            memory_slots: 2,
+            groups,
+        }))
+    }
+}
