@@ -177,7 +177,6 @@ impl KvmCpu {
 
     /// One entry, no longer than to the deadline.
     fn enter(&mut self, deadline: u64) -> Result<Left, KvmError> {
-        self.kick.set(deadline, deadline.saturating_sub(self.ticks))?;
         let began = monotonic();
         self.entries += 1;
         let page = self.vcpu.get_kvm_run();
@@ -187,6 +186,7 @@ impl KvmCpu {
         // in use only the kernel reads it and the handler of this thread's signal writes it.
         let immediate_exit = unsafe { AtomicU8::from_ptr(&raw mut page.immediate_exit) };
         let armed = Armed::new(immediate_exit);
+        self.kick.set(&armed, deadline, deadline.saturating_sub(self.ticks))?;
         let left = run::enter(&mut self.vcpu);
         drop(armed);
         self.ticks = self.ticks.saturating_add(monotonic().saturating_sub(began));

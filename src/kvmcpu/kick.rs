@@ -4,7 +4,8 @@
 //!
 //! No kick is lost. A signal that comes while the guest runs interrupts KVM_RUN. One that comes a moment before finds the
 //! thread in this program, where the handler sets `immediate_exit` in the vCPU's page, and KVM_RUN then returns at once. Which
-//! page that is stands in a variable of the thread for as long as it is about to run a vCPU, and at no other time.
+//! page that is stands in a variable of the thread for as long as it is about to run a vCPU, and at no other time. The timer is set
+//! only within that time ([`Armed`] is asked for): set before, it could run out before anybody was there to be told.
 
 use crate::error::{KvmError, last};
 use std::cell::Cell;
@@ -89,7 +90,7 @@ impl Kick {
 
     /// Sets the timer so that this thread is signalled at `deadline`, which is `left` nanoseconds from now. Where it is set
     /// for that deadline already, nothing is done.
-    pub fn set(&mut self, deadline: u64, left: u64) -> Result<(), KvmError> {
+    pub fn set(&mut self, _armed: &Armed, deadline: u64, left: u64) -> Result<(), KvmError> {
         let now = monotonic();
         self.belong_to_this_thread()?;
         if let Some((for_deadline, at)) = self.set
@@ -206,7 +207,7 @@ mod tests {
         let flag = AtomicU8::new(0);
         let mut kick = Kick::new();
         let armed = Armed::new(&flag);
-        kick.set(7, 0).unwrap();
+        kick.set(&armed, 7, 0).unwrap();
         let began = Instant::now();
         while flag.load(Ordering::Relaxed) == 0 {
             assert!(began.elapsed() < Duration::from_secs(10), "the signal never came");
@@ -221,12 +222,14 @@ mod tests {
     fn a_signal_that_nobody_waits_for_changes_nothing() {
         let flag = AtomicU8::new(0);
         let mut kick = Kick::new();
-        kick.set(1, 0).unwrap();
+        let armed = Armed::new(&flag);
+        kick.set(&armed, 1, 0).unwrap();
+        drop(armed);
         std::thread::sleep(Duration::from_millis(5));
         let armed = Armed::new(&flag);
         assert_eq!(flag.load(Ordering::Relaxed), 0);
         // The same deadline again: it is over, so the timer is set anew.
-        kick.set(1, 0).unwrap();
+        kick.set(&armed, 1, 0).unwrap();
         std::thread::sleep(Duration::from_millis(5));
         assert_eq!(flag.load(Ordering::Relaxed), 1);
         drop(armed);
@@ -235,9 +238,11 @@ mod tests {
     #[test]
     fn a_vcpu_that_does_not_move_is_given_more_and_more() {
         let mut kick = Kick::new();
+        let flag = AtomicU8::new(0);
+        let armed = Armed::new(&flag);
         let given = |kick: &mut Kick, deadline| {
             let now = monotonic();
-            kick.set(deadline, 0).unwrap();
+            kick.set(&armed, deadline, 0).unwrap();
             let (_, at) = kick.set.unwrap();
             kick.clear().unwrap();
             (at - now) / LEAST
@@ -255,13 +260,14 @@ mod tests {
         // SAFETY: a timer belongs to the process, and may be set and deleted by any of its threads.
         unsafe impl Send for Sent {}
         let mut kick = Kick::new();
-        kick.set(1, SECOND).unwrap();
+        let flag = AtomicU8::new(0);
+        kick.set(&Armed::new(&flag), 1, SECOND).unwrap();
         let sent = Sent(kick);
         std::thread::spawn(move || {
             let Sent(mut kick) = { sent };
             let flag = AtomicU8::new(0);
             let armed = Armed::new(&flag);
-            kick.set(1, 0).unwrap();
+            kick.set(&armed, 1, 0).unwrap();
             std::thread::sleep(Duration::from_millis(5));
             assert_eq!(flag.load(Ordering::Relaxed), 1);
             drop(armed);

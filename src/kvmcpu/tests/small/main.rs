@@ -182,6 +182,22 @@ fn an_endless_loop_ends_at_its_deadline() {
     assert!(moved, "the guest never executed an instruction");
 }
 
+/// The timer was set before the thread said which vCPU it was about to run, so a signal that came in between was lost, and with it
+/// the guest: seen on an emulated host.
+#[test]
+fn no_deadline_of_thousands_is_lost() {
+    let Some(host) = host("no_deadline_of_thousands_is_lost") else { return };
+    let mut small = small(&host, Policy::Linear, &[0xeb, 0xfe]);
+    let began = Instant::now();
+    let mut runs = 0;
+    while runs < 5000 && began.elapsed() < Duration::from_secs(3) {
+        let deadline = small.cpu.ticks() + 1 + runs * 7919 % 200_000;
+        assert_eq!(small.cpu.run(Entry::Answer(Answer::Done), deadline).unwrap(), Exit::Deadline);
+        runs += 1;
+    }
+    assert!(runs > 20, "{runs} runs in {:?}", began.elapsed());
+}
+
 #[test]
 fn a_triple_fault_stays() {
     let Some(host) = host("a_triple_fault_stays") else { return };
