@@ -123,7 +123,9 @@ impl Comparison {
                 add_row(&mut table, name, figures.into_iter().map(grouped));
             }
         };
-        row("instructions (0: not counted)", &|r| r.counts.instructions.unwrap_or(0));
+        let counted = self.runs.iter().all(|run| run.counts.instructions.is_some());
+        let instructions = if counted { "instructions" } else { "instructions (0: not counted)" };
+        row(instructions, &|r| r.counts.instructions.unwrap_or(0));
         row("nanoseconds of guest time", &|r| r.counts.guest_ns);
         row("exits", &|r| r.counts.exits);
         row("faults", &|r| r.counts.faults);
