@@ -167,17 +167,14 @@ impl Direct {
         }
         self.stub.put_descriptors(&descriptors);
         self.load(state, cr3)?;
-        let began = monotonic();
-        let deadline = began.saturating_add(left);
-        self.kick.set(deadline, left)?;
-        let why = self.enter(deadline)?;
+        let why = self.enter(monotonic().saturating_add(left))?;
         self.take(state, why, table)
     }
 
     /// Into KVM_RUN until user mode is left.
     fn enter(&mut self, deadline: u64) -> Result<Why, KvmError> {
         loop {
-            let left = match self.armed() {
+            let left = match self.armed(deadline) {
                 Err(KvmError::Emulation { .. }) => return Ok(Why::Emulation),
                 left => left?,
             };
@@ -193,20 +190,24 @@ impl Direct {
                 Left::Interrupted => return Ok(Why::Time),
                 other => {
                     let rip = self.vcpu.get_regs().map_or(0, |regs| regs.rip);
-                    return Err(KvmError::Unasked { rip, what: format!("{other:?}, before {deadline}") });
+                    return Err(KvmError::Unasked { rip, what: format!("{other:?} from user mode") });
                 }
             }
         }
     }
 
-    fn armed(&mut self) -> Result<Left, KvmError> {
+    fn armed(&mut self, deadline: u64) -> Result<Left, KvmError> {
         let page = self.vcpu.get_kvm_run();
         // SAFETY: the byte lies in the mapping of the vCPU's page, which lives as long as `self.vcpu`; while the reference is
         // in use only the kernel reads it and the handler of this thread's signal writes it.
         let immediate_exit = unsafe { AtomicU8::from_ptr(&raw mut page.immediate_exit) };
         let armed = Armed::new(immediate_exit);
+        self.kick.set(&armed, deadline, deadline.saturating_sub(monotonic()))?;
         let left = run::enter(&mut self.vcpu);
         drop(armed);
+        if left.as_ref().is_ok_and(|left| *left != Left::Interrupted) {
+            self.kick.has_moved();
+        }
         left
     }
 
