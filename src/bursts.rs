@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 
 /// User code is looked at after so many instructions.
-pub const SLICE: u64 = 20_000;
+const SLICE: u64 = 20_000;
 /// A piece must be as long as this before it is handed over, where nothing is known: about what a change costs.
 const FIRST: u64 = 6;
 /// And at most so long, where pieces were always short.
@@ -22,9 +22,22 @@ const WORTH: u64 = 150_000;
 /// Address spaces that are remembered.
 const SPACES: usize = 256;
 
+/// Where user code is executed under `--cpu kvm --mmu shadow`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum UserCode {
+    /// Translated, and on the host's processor where it stays long
+    #[default]
+    Auto,
+    /// On the host's processor from its first instruction on
+    Native,
+    /// Translated
+    Translate,
+}
+
 /// What is known.
 #[derive(Debug, Default)]
 pub struct Bursts {
+    kind: UserCode,
     /// By CR3: after how many slices a piece is handed over.
     patience: BTreeMap<u64, u64>,
     /// Slices of the present piece, and the number of entries to the kernel at its beginning.
@@ -32,10 +45,44 @@ pub struct Bursts {
     piece: u64,
 }
 
+impl std::fmt::Display for UserCode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            UserCode::Auto => "auto",
+            UserCode::Native => "native",
+            UserCode::Translate => "translate",
+        })
+    }
+}
+
 impl Bursts {
+    /// With nothing known.
+    pub fn new(kind: UserCode) -> Self {
+        Self { kind, ..Self::default() }
+    }
+
+    /// After how many instructions user code is looked at.
+    pub fn slice(&self) -> u64 {
+        match self.kind {
+            UserCode::Auto => SLICE,
+            UserCode::Native => 1,
+            UserCode::Translate => u64::MAX,
+        }
+    }
+
+    /// The least time for which the host's processor is entered, in nanoseconds.
+    pub fn least(&self) -> u64 {
+        if self.kind == UserCode::Native { 1 } else { WORTH }
+    }
+
     /// A slice of user code has ended in an address space; the kernel has been entered so many times until now. Whether the
     /// next is to be the host's.
     pub fn slice_ended(&mut self, space: u64, kernel_entries: u64) -> bool {
+        match self.kind {
+            UserCode::Auto => {}
+            UserCode::Native => return true,
+            UserCode::Translate => return false,
+        }
         if self.piece != kernel_entries {
             (self.piece, self.slices) = (kernel_entries, 0);
         }

@@ -8,7 +8,7 @@
 //!
 //! Time is the host's. Translated instructions count as ticks, and after each slice the ticks catch up with the host's clock.
 
-use crate::bursts::{Bursts, SLICE};
+use crate::bursts::{Bursts, UserCode};
 use guestmem::{Gva, Hpa};
 use kvmcpu::{Blank, Direct, KvmError, Walker, Why};
 use mmu::entry::EntryFormat;
@@ -19,8 +19,6 @@ use std::sync::Arc;
 use std::time::Instant;
 use vcpu::{Answer, ArchState, CachedTranslation, Entry, Exit, FigureGroup, HostFigures, Vcpu, VcpuError};
 
-/// A stay shorter than this is not begun, in nanoseconds.
-const LEAST: u64 = 100_000;
 const CR4_PKE: u64 = 1 << 22;
 /// Four levels of tables.
 const TOP_LEVEL: u8 = 4;
@@ -51,14 +49,19 @@ pub struct DirectCpu {
 
 impl DirectCpu {
     /// Both halves.
-    pub fn new(soft: SoftCpu, blank: Blank, memory: Arc<guestmem::GuestMemory>) -> Result<Self, KvmError> {
+    pub fn new(
+        soft: SoftCpu,
+        blank: Blank,
+        memory: Arc<guestmem::GuestMemory>,
+        user_code: UserCode,
+    ) -> Result<Self, KvmError> {
         let walker = blank.walker();
         let direct = Direct::new(blank, memory)?;
         Ok(Self {
             soft: Box::new(soft),
             direct,
             walker,
-            bursts: Bursts::default(),
+            bursts: Bursts::new(user_code),
             tally: Tally::default(),
             refused: None,
         })
@@ -118,7 +121,7 @@ impl Vcpu for DirectCpu {
         let (began, at) = (Instant::now(), self.soft.ticks());
         loop {
             let ticks = self.soft.ticks();
-            let slice = deadline.min(ticks.saturating_add(SLICE));
+            let slice = deadline.min(ticks.saturating_add(self.bursts.slice()));
             let exit = self.soft.run(entry.take().unwrap_or(Entry::Answer(Answer::Done)), slice)?;
             if exit != Exit::Deadline {
                 return Ok(exit);
@@ -129,7 +132,7 @@ impl Vcpu for DirectCpu {
             if left == 0 {
                 return Ok(Exit::Deadline);
             }
-            if left < LEAST || !self.soft.is_at_plain_user_code() {
+            if left < self.bursts.least() || !self.soft.is_at_plain_user_code() {
                 continue;
             }
             let space = self.soft.paging_state().cr3;

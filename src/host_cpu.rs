@@ -8,7 +8,7 @@ use crate::clock::ClockKind;
 use crate::direct::DirectCpu;
 use crate::error::Error;
 use crate::machine::{Machine, MachineConfig, Wiring};
-use kvmcpu::{Blank, Host, KvmCpu, Leaf};
+use kvmcpu::{Blank, Host, KvmCpu, KvmError, Leaf};
 use mmu::MmuBackend;
 use softcpu::{CpuModel, SoftCpu};
 use std::sync::Arc;
@@ -99,14 +99,14 @@ pub(crate) fn check(config: &MachineConfig) -> Result<(), Error> {
 /// A machine on the host's CPU.
 pub(crate) fn machine(config: MachineConfig, wiring: Wiring) -> Result<Machine, Error> {
     check(&config)?;
-    let host = Host::open()?;
-    let blank = Blank::new(&host, &leaves(&config.cpu_model))?;
+    let blank = blank(&config.cpu_model)?;
     let notes = [blank.note(), (!blank.walker().traps_cpuid()).then(|| USER_CPUID.to_owned())];
     if config.mmu == MmuKind::Shadow {
         let (model, engine, code_cache) = (config.cpu_model.clone(), config.engine, config.code_cache);
+        let user_code = config.user_code;
         let mut machine = Machine::with_cpu(config, wiring, model.tsc_hz(), |memory| {
             let soft = SoftCpu::with_code_cache(Arc::clone(&memory), model, engine, code_cache)?;
-            Ok(Box::new(DirectCpu::new(soft, blank, memory)?))
+            Ok(Box::new(DirectCpu::new(soft, blank, memory, user_code)?))
         })?;
         machine.notes.extend(notes.into_iter().flatten());
         return Ok(machine);
@@ -117,6 +117,11 @@ pub(crate) fn machine(config: MachineConfig, wiring: Wiring) -> Result<Machine, 
     })?;
     machine.notes.extend(notes.into_iter().flatten());
     Ok(machine)
+}
+
+/// A vCPU of the host's for a CPU model, before it has memory.
+pub fn blank(model: &CpuModel) -> Result<Blank, KvmError> {
+    Blank::new(&Host::open()?, &leaves(model))
 }
 
 /// What KVM without VT-x and SVM cannot hide.

@@ -27,12 +27,12 @@
 //! events through all of it.
 
 pub mod backend;
-mod bursts;
+pub mod bursts;
 pub mod cli;
 pub mod clock;
 pub mod compare;
 pub mod console;
-mod direct;
+pub mod direct;
 pub mod end;
 mod engine_option;
 pub mod error;

@@ -5,6 +5,7 @@
 //! chapter 15 has the memory map, the rest is in the crates that are called here.
 
 use crate::backend::{MmuKind, MmuOptions};
+use crate::bursts::UserCode;
 use crate::clock::{Clock, ClockKind};
 use crate::console::{Input, Transcript};
 use crate::error::Error;
@@ -69,6 +70,8 @@ pub struct MachineConfig {
     pub cpu_model: softcpu::CpuModel,
     /// The engine of the software CPU.
     pub engine: EngineKind,
+    /// Where user code is executed, with the host's CPU and shadow tables.
+    pub user_code: UserCode,
     /// The clock.
     pub clock: ClockKind,
     /// When to stop.
@@ -94,6 +97,7 @@ impl MachineConfig {
             cpu: CpuKind::Soft,
             cpu_model: softcpu::CpuModel::default(),
             engine: EngineKind::default(),
+            user_code: UserCode::default(),
             clock: ClockKind::Virtual,
             limits: Limits::default(),
             audit_every: None,

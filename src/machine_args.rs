@@ -3,6 +3,7 @@
 //! It stands between the command line ([`crate::cli`]) and the builder ([`crate::machine`]).
 
 use crate::backend::{MmuKind, MmuOptions};
+use crate::bursts::UserCode;
 use crate::clock::ClockKind;
 use crate::console::Sink;
 use crate::error::Error;
@@ -41,6 +42,9 @@ pub(crate) struct MachineArgs {
     /// Where guest time comes from [default: virtual; with --cpu kvm host]
     #[arg(long, value_enum)]
     clock: Option<ClockKind>,
+    /// Where user code is executed with --cpu kvm --mmu shadow
+    #[arg(long, value_enum, default_value_t)]
+    user_code: UserCode,
     /// The most memory for the engine's tables
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "64M")]
     table_memory: u64,
@@ -95,6 +99,7 @@ impl MachineArgs {
         config.policy = self.policy;
         config.table_memory = self.table_memory;
         config.code_cache = self.code_cache;
+        config.user_code = self.user_code;
         config.limits = Limits { instructions: self.max_instructions, seconds: self.timeout };
         config.audit_every = self.audit;
         config.mmu_options = self.mmu_options()?;

@@ -25,6 +25,7 @@ use crate::run::{self, Left};
 use crate::stub::{self, MOST_WORK, Stub};
 use crate::tops::{Tops, Work};
 use crate::visible;
+use crate::walker::Walker;
 use guestmem::{GuestMemory, Hpa};
 use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs, kvm_userspace_memory_region};
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -87,6 +88,8 @@ pub struct Direct {
     entry: u64,
     work: Vec<Work>,
     figures: Vec<(&'static str, Figures)>,
+    /// User code has the host's own selectors, whatever the vCPU's are.
+    host_selectors: bool,
     /// How often KVM had to forget everything.
     pub resets: u64,
     /// Entries that the stub has written again.
@@ -118,6 +121,7 @@ impl Direct {
             entry: 0,
             work: Vec::new(),
             figures,
+            host_selectors: blank.walker == Walker::KvmShadowsByItself,
             resets: 0,
             rewritten: 0,
         };
@@ -320,7 +324,10 @@ impl Direct {
         let mut system = state.clone();
         from_sregs(&sregs, &mut system);
         for index in [seg::ES, seg::DS, seg::FS, seg::GS] {
-            state.segments[index] = system.segments[index];
+            match self.host_selectors {
+                true => state.segments[index].base = system.segments[index].base,
+                false => state.segments[index] = system.segments[index],
+            }
         }
         match why {
             Why::Vector(vector) => {
