@@ -81,7 +81,7 @@ impl DirectCpu {
     fn stay(&mut self, left: u64) -> Result<(), VcpuError> {
         let mut state = self.soft.state();
         let Some(root) = self.usable_root(&state) else { return Ok(()) };
-        let mut table = vec![0; (usize::from(state.gdtr.limit as u16) + 1) & !7];
+        let mut table = vec![0; (usize::from(state.gdtr.limit) + 1) & !7];
         if !self.soft.peek(Gva(state.gdtr.base), &mut table) {
             return Ok(());
         }

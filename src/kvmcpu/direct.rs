@@ -49,6 +49,11 @@ const EFER_OWN: u64 = 1 << 8 | 1 << 10 | 1 << 11;
 const RF: u64 = 1 << 16;
 /// TF, IF, DF, IOPL, NT and AC go at SYSCALL.
 const SYSCALL_MASK: u64 = 0x4_7700;
+/// Faulting of CPUID (Intel, "Virtualization Technology FlexMigration Application Note" §2.3.2).
+const PLATFORM_INFO: u32 = 0xce;
+const CPUID_CAN_FAULT: u64 = 1 << 31;
+const MISC_FEATURES: u32 = 0x140;
+const CPUID_FAULTS: u64 = 1;
 const VECTOR_DEBUG: u8 = 1;
 
 /// Why user mode was left.
@@ -125,6 +130,11 @@ impl Direct {
             resets: 0,
             rewritten: 0,
         };
+        // MSR_PLATFORM_INFO says that CPUID can be made to fault at CPL 3, MSR_MISC_FEATURES_ENABLES makes it. A host that
+        // refuses answers CPUID at CPL 3 itself, of which the user is told.
+        for (index, value) in [(PLATFORM_INFO, CPUID_CAN_FAULT), (MISC_FEATURES, CPUID_FAULTS)] {
+            let _refused = crate::extended::write_msr(&direct.vcpu, index, value);
+        }
         direct.slot(MEMORY_SLOT, size)?;
         direct.slot(STUB_SLOT, direct.stub.size())?;
         Ok(direct)

@@ -57,7 +57,7 @@ pub fn segment(table: &[u8], selector: u16) -> Option<Segment> {
     let descriptor = bytes.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte));
     let limit = (descriptor & 0xffff | descriptor >> 32 & 0xf_0000) as u32;
     let granular = descriptor >> 55 & 1 != 0;
-    (descriptor >> 47 & 1 != 0).then(|| Segment {
+    (descriptor >> 47 & 1 != 0).then_some(Segment {
         selector,
         base: descriptor >> 16 & 0xff_ffff | descriptor >> 32 & 0xff00_0000,
         limit: if granular { limit << 12 | 0xfff } else { limit },

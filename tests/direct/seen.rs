@@ -114,6 +114,25 @@ fn the_system_does_not_save_extended_state() {
 }
 
 #[test]
+fn features_by_cpuid() {
+    if !has_own_segments("features_by_cpuid") {
+        return;
+    }
+    sees("features_by_cpuid", |a| {
+        for (function, index) in
+            [(0u32, 0u32), (1, 0), (7, 0), (0xd, 0), (0x4000_0000, 0), (0x8000_0001, 0), (0x8000_0008, 0)]
+        {
+            a.mov(eax, function)?;
+            a.mov(ecx, index)?;
+            a.cpuid()?;
+            // So that all four are written down.
+            guarded_user(a, |a| a.ud2())?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn addresses_of_the_stub() {
     sees("addresses_of_the_stub", |a| {
         // Every entry of the top table, with the first addresses behind it.

@@ -88,7 +88,7 @@ fn a_directory_that_leads_to_another_table() {
     let mut program = served(
         "another table",
         |a| {
-            a.xor(dword_ptr(ROOTS[0] + 0x2000), (0x3000 ^ 0x4000) as i32)?;
+            a.xor(dword_ptr(ROOTS[0] + 0x2000), 0x3000 ^ 0x4000)?;
             a.mov(rax, cr3)?;
             a.mov(cr3, rax)
         },
