@@ -20,7 +20,7 @@ use crate::error::{KvmError, doing};
 use crate::extended::Extended;
 use crate::figures::Figures;
 use crate::kick::{Armed, Kick, monotonic};
-use crate::registers::{from_regs, from_sregs, to_regs, to_sregs};
+use crate::registers::{to_regs, to_sregs};
 use crate::run::{self, Left};
 use crate::stub::{self, MOST_WORK, Stub};
 use crate::tops::{Tops, Work};
@@ -31,7 +31,6 @@ use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs, kvm_userspace_memory_regi
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU8;
-use vcpu::state::seg;
 use vcpu::{ArchState, FigureGroup};
 
 const MEMORY_SLOT: u32 = 0;
@@ -46,7 +45,6 @@ const CR4_GUEST: u64 = 1 << 9 | 1 << 10 | 1 << 16 | 1 << 18;
 /// SCE is the guest's; LME, LMA and NXE are the tables'.
 const EFER_SCE: u64 = 1;
 const EFER_OWN: u64 = 1 << 8 | 1 << 10 | 1 << 11;
-const RF: u64 = 1 << 16;
 /// TF, IF, DF, IOPL, NT and AC go at SYSCALL.
 const SYSCALL_MASK: u64 = 0x4_7700;
 /// Faulting of CPUID (Intel, "Virtualization Technology FlexMigration Application Note" §2.3.2).
@@ -54,7 +52,6 @@ const PLATFORM_INFO: u32 = 0xce;
 const CPUID_CAN_FAULT: u64 = 1 << 31;
 const MISC_FEATURES: u32 = 0x140;
 const CPUID_FAULTS: u64 = 1;
-const VECTOR_DEBUG: u8 = 1;
 
 /// Why user mode was left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,23 +75,23 @@ pub enum Why {
 #[derive(Debug)]
 pub struct Direct {
     // The vCPU before the machine, the machine before the memory that its slots show.
-    vcpu: VcpuFd,
+    pub(crate) vcpu: VcpuFd,
     vm: Arc<VmFd>,
-    stub: Stub,
+    pub(crate) stub: Stub,
     memory: Arc<GuestMemory>,
-    extended: Extended,
+    pub(crate) extended: Extended,
     initial: kvm_sregs,
     kick: Kick,
     tops: Tops,
     flush: bool,
     /// The vector state and XCR0 that the vCPU has.
-    held: Option<(Vec<u64>, Vec<u64>, u64)>,
+    pub(crate) held: Option<(Vec<u64>, Vec<u64>, u64)>,
     /// Where SYSCALL enters, as the vCPU has it.
     entry: u64,
     work: Vec<Work>,
     figures: Vec<(&'static str, Figures)>,
     /// User code has the host's own selectors, whatever the vCPU's are.
-    host_selectors: bool,
+    pub(crate) host_selectors: bool,
     /// How often KVM had to forget everything.
     pub resets: u64,
     /// Entries that the stub has written again.
@@ -324,60 +321,6 @@ impl Direct {
         let sregs = self.system(Some(state), cr3);
         self.vcpu.set_sregs(&sregs).map_err(doing("setting the vCPU's system registers"))?;
         self.vcpu.set_regs(&to_regs(state)).map_err(doing("setting the vCPU's registers"))
-    }
-
-    /// Registers out of the vCPU.
-    fn take(&mut self, state: &mut ArchState, mut why: Why, table: &[u8]) -> Result<Why, KvmError> {
-        let regs = self.vcpu.get_regs().map_err(doing("reading the vCPU's registers"))?;
-        let sregs = self.vcpu.get_sregs().map_err(doing("reading the vCPU's system registers"))?;
-        from_regs(&regs, state);
-        let mut system = state.clone();
-        from_sregs(&sregs, &mut system);
-        for index in [seg::ES, seg::DS, seg::FS, seg::GS] {
-            match self.host_selectors {
-                true => state.segments[index].base = system.segments[index].base,
-                false => state.segments[index] = system.segments[index],
-            }
-        }
-        match why {
-            Why::Vector(vector) => {
-                let [rip, cs, rflags, rsp, ss] = self.stub.frame_of_exception();
-                (state.rip, state.rflags, state.gprs[4]) = (rip, rflags, rsp);
-                if vector == VECTOR_DEBUG && self.stepped()? {
-                    why = Why::Step;
-                } else if vector == VECTOR_DEBUG {
-                    // No breakpoints are set: it is INT1, which is a trap.
-                    state.rip = rip.wrapping_sub(1);
-                }
-                for (index, selector) in [(seg::CS, cs as u16), (seg::SS, ss as u16)] {
-                    if state.segments[index].selector != selector {
-                        state.segments[index] = visible::segment(table, selector).unwrap_or_default();
-                    }
-                }
-            }
-            Why::SystemCall => {
-                // Both are lost, and SYSCALL loses them.
-                (state.rip, state.rflags) = (state.gprs[1].wrapping_sub(2), state.gprs[11]);
-            }
-            _ => {
-                state.segments[seg::CS] = system.segments[seg::CS];
-                state.segments[seg::SS] = system.segments[seg::SS];
-            }
-        }
-        state.rflags &= !RF;
-        self.extended.read_vectors(&self.vcpu, state)?;
-        self.held = Some((state.fxsave.clone(), state.ymm_high.clone(), state.xcr0));
-        Ok(why)
-    }
-
-    /// Whether the #DB is that of a step. DR6 is cleared, since the processor never does.
-    fn stepped(&self) -> Result<bool, KvmError> {
-        const BS: u64 = 1 << 14;
-        let mut debug = self.vcpu.get_debug_regs().map_err(doing("reading the vCPU's debug registers"))?;
-        let stepped = debug.dr6 & BS != 0;
-        debug.dr6 &= !BS;
-        self.vcpu.set_debug_regs(&debug).map_err(doing("setting the vCPU's debug registers"))?;
-        Ok(stepped)
     }
 
     /// Makes KVM forget all that it has made of the tables.

@@ -25,6 +25,7 @@ pub mod error;
 pub mod extended;
 pub mod figures;
 pub mod kick;
+mod leave;
 pub mod open;
 pub mod paging;
 pub mod registers;

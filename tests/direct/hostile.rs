@@ -10,8 +10,8 @@ use std::time::Duration;
 
 /// Seeds without `ANTUMBRA_DIRECT_CASES`.
 const CASES: u64 = 150;
-/// What each is given.
-const TIME: Duration = Duration::from_millis(30);
+/// What each is given, without `ANTUMBRA_DIRECT_MILLISECONDS`.
+const MILLISECONDS: u64 = 30;
 const CODE_BYTES: usize = 4096;
 
 /// What handlers and the processor write: the log with its cells, the stacks, the tables' flags.
@@ -43,11 +43,13 @@ fn random_bytes_change_nothing_that_is_not_theirs() {
     if !host("random_bytes_change_nothing_that_is_not_theirs") {
         return;
     }
-    let cases = std::env::var("ANTUMBRA_DIRECT_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(CASES);
+    let given = |name, usual| std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(usual);
+    let cases = given("ANTUMBRA_DIRECT_CASES", CASES);
+    let time = Duration::from_millis(given("ANTUMBRA_DIRECT_MILLISECONDS", MILLISECONDS));
     let mut stays = 0;
     for seed in 0..cases {
         let program = program(seed);
-        let left = direct(&program, UserCode::Native, TIME);
+        let left = direct(&program, UserCode::Native, time);
         stays += left.stays;
         for part in PARTS {
             for at in part.step_by(8).filter(|&at| !may_change(at) && !(DATA..LOG).contains(&at)) {

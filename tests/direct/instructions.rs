@@ -22,7 +22,8 @@ fn arithmetic_vectors_and_memory() {
             a.movdqu(xmmword_ptr(rbp + 0x2ff8), xmm3)?;
             a.push(rbx)?;
             a.pop(rcx)?;
-            a.rcl(rcx, 3)?;
+            // By one: by more, OF is left open.
+            a.rcl(rcx, 1)?;
             a.pushfq()?;
             a.add(rbx, qword_ptr(rsp))?;
             a.popfq()?;

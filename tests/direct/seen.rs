@@ -47,6 +47,8 @@ fn descriptors_by_lar_lsl_verr_and_verw() {
             a.pushfq()?;
             a.pop(rcx)?;
             a.and(ecx, 0x40)?;
+            // The bits of the limit are left open.
+            a.and(eax, 0x00f0_ff00)?;
             a.lea(rbx, rbx + rax * 2)?;
             a.add(rbx, rcx)?;
             a.xor(eax, eax)?;
@@ -142,6 +144,8 @@ fn addresses_of_the_stub() {
             a.mov(rax, r8)?;
             a.shl(rax, 16)?;
             a.sar(rax, 16)?;
+            // Flags that nothing leaves open.
+            a.cmp(rax, r9)?;
             guarded_user(a, |a| a.mov(bl, byte_ptr(rax + 0x20_0000)))?;
             a.add(r8, r9)
         })
