@@ -59,6 +59,9 @@ pub enum Error {
     /// The frames for the stub could not be had.
     #[error(transparent)]
     Host(#[from] guestmem::host::HostMemoryError),
+    /// KVM's statistics could not be read.
+    #[error(transparent)]
+    Figures(#[from] kvmcpu::KvmError),
     /// The shadow backend failed.
     #[error(transparent)]
     Shadow(#[from] mmu::MmuError),

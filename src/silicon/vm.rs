@@ -131,8 +131,9 @@ impl Vm {
 
     /// What KVM has counted of this machine.
     pub fn counts(&self) -> Result<Counts, Error> {
-        let mut counts = Counts::of(&self.fd)?;
-        counts.add(Counts::of(&self.vcpu)?);
+        let mut counts = Counts::default();
+        counts.add_those_of(&self.fd)?;
+        counts.add_those_of(&self.vcpu)?;
         Ok(counts)
     }
 
