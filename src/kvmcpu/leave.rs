@@ -91,3 +91,38 @@ impl Direct {
         Ok(stepped)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Blank, Host};
+    use guestmem::{Gpa, GuestMemory, MemoryConfig, Policy, RegionConfig, RegionKind};
+    use std::io::Write;
+    use std::sync::Arc;
+
+    #[test]
+    fn an_exception_that_a_signal_has_cut_off_does_not_stay_in_the_vcpu() {
+        let host = match Host::open() {
+            Ok(host) => host,
+            Err(error) => {
+                // Past the test harness, which keeps the output of tests that pass to itself.
+                let line = format!("SKIP an_exception_that_a_signal_has_cut_off: {error}\n");
+                let _said = std::io::stderr().write_all(line.as_bytes());
+                return;
+            }
+        };
+        let region = RegionConfig { base: Gpa(0), len: 1 << 20, kind: RegionKind::Ram };
+        let config = MemoryConfig { regions: vec![region], policy: Policy::Linear, table_frames: 16 };
+        let memory = Arc::new(GuestMemory::new(&config).unwrap());
+        let direct = Direct::new(Blank::new(&host, &[]).unwrap(), memory).unwrap();
+        for vector in [14, VECTOR_DEBUG] {
+            let mut events = direct.vcpu.get_vcpu_events().unwrap();
+            (events.flags, events.exception.injected, events.exception.nr) = (0, 1, vector);
+            direct.vcpu.set_vcpu_events(&events).unwrap();
+            assert_eq!(direct.drop_event().unwrap(), Some(vector));
+            let left = direct.vcpu.get_vcpu_events().unwrap().exception;
+            assert_eq!((left.injected, left.pending), (0, 0), "vector {vector}");
+            assert_eq!(direct.drop_event().unwrap(), None);
+        }
+    }
+}
