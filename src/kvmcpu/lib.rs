@@ -13,7 +13,8 @@
 //! (the model, as far as the host has it), [`slots`] (memory), `registers` and `extended` (the architectural state), `kick`
 //! (how a running vCPU is stopped in time), [`blank`] (a vCPU without
 //! memory), `run` (one entry), [`cpu`] and `state` (the CPU), [`paging`] (the MMU backend that has
-//! nothing to do), `figures` (what the kernel counted).
+//! nothing to do), `figures` (what the kernel counted). Then user mode alone, under our shadow tables: [`direct`] and `leave` (one stay), [`stub`],
+//! [`tops`], [`visible`].
 //!
 //! The files up to `kick` hold nothing that is special to whole guests.
 
