@@ -16,7 +16,7 @@ fn boot(mmu: &str) -> Job {
     Job::program(mmu, env!("CARGO_BIN_EXE_antumbra"))
         .args(["run", "--cpu", "kvm", "--mmu", mmu, "--cpu-model", "antumbra-v2", "--memory", "256M"])
         .args(["--kernel", "/linux/vmlinuz", "--initramfs", "/linux/initramfs.cpio"])
-        .args(["--cmdline", "console=ttyS0 cryptomgr.notests=1 panic=-1 antumbra.forks=20"])
+        .args(["--cmdline", "console=ttyS0 quiet cryptomgr.notests=1 panic=-1 antumbra.forks=5"])
         .args(["--timeout", "150", "--report", REPORT])
         .leaving(REPORT)
         .within(Duration::from_secs(160))
