@@ -36,6 +36,8 @@ usage: benches/boot.sh [options]
   --mmu LIST         MMUs of antumbra, separated by commas (shadow,ept)
   --engine LIST      engines of antumbra's CPU, separated by commas: interpret, translate; all: those it has
                      (the program's own choice)
+  --direct LIST      also --cpu kvm --mmu shadow, with user code where each word of the list says, separated by commas: auto,
+                     native, translate (none)
   --linux DIR        folder made by guests/linux/make.sh (target/linux)
   --kernel FILE      kernel image, if not DIR/vmlinuz
   --antumbra FILE    the program (target/release/antumbra)
@@ -50,11 +52,11 @@ TEXT
 
 fail() { printf 'boot.sh: %s\n' "$*" >&2; exit 1; }
 
-rounds=3 workload=short time=wall memory=512M mmu=shadow,ept engine='' linux=$root/target/linux kernel='' antumbra='' machine=pc
+rounds=3 workload=short time=wall memory=512M mmu=shadow,ept engine='' direct='' linux=$root/target/linux kernel='' antumbra='' machine=pc
 qemu=qemu-system-x86_64 no_qemu=0 cmdline='' timeout=600
 while [ $# -gt 0 ]; do
     case $1 in
-        --rounds | --workload | --time | --memory | --mmu | --engine | --linux | --kernel | --antumbra | --machine | --qemu | --cmdline | \
+        --rounds | --workload | --time | --memory | --mmu | --engine | --direct | --linux | --kernel | --antumbra | --machine | --qemu | --cmdline | \
             --timeout)
             [ $# -ge 2 ] || { printf 'boot.sh: %s needs a value\n' "$1" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"
@@ -93,6 +95,8 @@ entrants=()
 [ "$no_qemu" = 1 ] || entrants+=(qemu)
 listed=$(antumbra_entrants "$antumbra" "$mmu" "$engine") || exit 1
 while IFS= read -r entrant; do entrants+=("$entrant"); done <<<"$listed"
+listed=$(direct_entrants "$direct") || exit 1
+[ -z "$listed" ] || while IFS= read -r entrant; do entrants+=("$entrant"); done <<<"$listed"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -106,7 +110,7 @@ command_of() {
         *)
             printf '%s\n' "$antumbra" run
             entrant_options "$antumbra" "$1"
-            printf '%s\n' --cpu soft --memory "$memory" --kernel "$kernel" --initramfs "$initramfs" \
+            printf '%s\n' --memory "$memory" --kernel "$kernel" --initramfs "$initramfs" \
                 --cmdline "$words" --report "$work/report.$1.json" ;;
     esac
 }

@@ -1,6 +1,6 @@
 # What the scripts beside it know of their entrants: which engines of antumbra's software CPU there are, how an entrant is named,
 # and how its time is read. Sourced, not run. An entrant of antumbra's is "MMU", with the program's own choice of engine, or
-# "MMU-ENGINE".
+# "MMU-ENGINE"; or "direct-WHERE", the host's processor under shadow tables, with user code where that says.
 
 # Prints the engines that the program $1 can be asked for, one a line; nothing if it cannot be asked.
 engines_offered() {
@@ -40,10 +40,25 @@ antumbra_entrants() {
     done
 }
 
+# Prints the entrants of direct execution, one a line, for the list with commas $1 of places for user code.
+direct_entrants() {
+    local place
+    for place in ${1//,/ }; do
+        case $place in
+            auto | native | translate) printf 'direct-%s\n' "$place" ;;
+            *) echo "--direct takes auto, native and translate, and not '$place'" >&2; return 1 ;;
+        esac
+    done
+}
+
 # Prints the options by which the program $1 is told to be the entrant $2, one word a line.
 entrant_options() {
-    printf '%s\n' --mmu "${2%%-*}"
-    case $2 in *-*) [ -z "$(engines_offered "$1")" ] || printf '%s\n' --engine "${2#*-}" ;; esac
+    case $2 in
+        direct-*) printf '%s\n' --cpu kvm --mmu shadow --user-code "${2#*-}" ;;
+        *)
+            printf '%s\n' --cpu soft --mmu "${2%%-*}"
+            case $2 in *-*) [ -z "$(engines_offered "$1")" ] || printf '%s\n' --engine "${2#*-}" ;; esac ;;
+    esac
 }
 
 # Runs a command with a limit of $1 seconds. The first line that comes out says which process it is: "entrant process N".

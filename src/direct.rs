@@ -45,6 +45,8 @@ pub struct DirectCpu {
     tally: Tally,
     /// Instructions that KVM could not execute: where.
     refused: Option<u64>,
+    /// So many instructions that come next are the software CPU's, user code or not.
+    own: u64,
 }
 
 impl DirectCpu {
@@ -64,6 +66,7 @@ impl DirectCpu {
             bursts: Bursts::new(user_code),
             tally: Tally::default(),
             refused: None,
+            own: 0,
         })
     }
 
@@ -77,8 +80,15 @@ impl DirectCpu {
         (plain && format.levels() == TOP_LEVEL).then_some(root)
     }
 
-    /// Runs user code on the host's processor.
+    /// Ticks catch up with the host's clock, which said `began` at tick `at`.
+    fn catch_up(&mut self, at: u64, began: Instant) {
+        let now = at.saturating_add(began.elapsed().as_nanos() as u64);
+        self.soft.add_ticks(now.saturating_sub(self.soft.ticks()));
+    }
+
+    /// Runs user code on the host's processor, where that can be.
     fn stay(&mut self, left: u64) -> Result<(), VcpuError> {
+        self.own = self.bursts.slice();
         let mut state = self.soft.state();
         let Some(root) = self.usable_root(&state) else { return Ok(()) };
         let mut table = vec![0; (usize::from(state.gdtr.limit) + 1) & !7];
@@ -92,7 +102,7 @@ impl DirectCpu {
         match why {
             Why::NoPlace => {
                 tally.no_place += 1;
-                self.bursts.stayed(space, 0, false);
+                self.bursts.stayed(space, 0, None);
                 return Ok(());
             }
             Why::Vector(vector) => *tally.vectors.entry(vector).or_default() += 1,
@@ -106,11 +116,13 @@ impl DirectCpu {
         }
         tally.stays += 1;
         tally.nanoseconds += took;
-        self.bursts.stayed(space, took, why == Why::Time);
+        self.bursts.stayed(space, took, (why == Why::Time).then_some(state.rip));
         self.soft.take_user_registers(&state);
         if why == Why::Step {
             self.soft.trap_step();
         }
+        // What ended the stay is met by the software CPU.
+        self.own = u64::from(!matches!(why, Why::Time | Why::Step));
         Ok(())
     }
 }
@@ -121,28 +133,38 @@ impl Vcpu for DirectCpu {
         let (began, at) = (Instant::now(), self.soft.ticks());
         loop {
             let ticks = self.soft.ticks();
-            let slice = deadline.min(ticks.saturating_add(self.bursts.slice()));
+            let left = deadline.saturating_sub(ticks);
+            let early = self.own == 0 && left >= self.bursts.least() && self.bursts.looks_early();
+            self.soft.stop_at_user_code(early);
+            let slice = if self.own == 0 { self.bursts.slice() } else { self.own };
+            let slice = deadline.min(ticks.saturating_add(slice));
             let exit = self.soft.run(entry.take().unwrap_or(Entry::Answer(Answer::Done)), slice)?;
             if exit != Exit::Deadline {
                 return Ok(exit);
             }
-            let now = at.saturating_add(began.elapsed().as_nanos() as u64);
-            self.soft.add_ticks(now.saturating_sub(self.soft.ticks()));
+            let stopped = self.soft.ticks() < slice;
+            let met = std::mem::take(&mut self.own) == 1;
+            self.catch_up(at, began);
             let left = deadline.saturating_sub(self.soft.ticks());
             if left == 0 {
                 return Ok(Exit::Deadline);
             }
-            if left < self.bursts.least() || !self.soft.is_at_plain_user_code() {
+            if left < self.bursts.least() || !self.soft.is_at_plain_user_code() || met {
                 continue;
             }
             let space = self.soft.paging_state().cr3;
-            if self.bursts.slice_ended(space, self.soft.kernel_entries()) {
+            let go = match stopped {
+                true => self.bursts.goes_on(space, self.soft.instruction_pointer()),
+                false => self.bursts.slice_ended(space, self.soft.kernel_entries()),
+            };
+            if go {
                 self.stay(left)?;
-                let now = at.saturating_add(began.elapsed().as_nanos() as u64);
-                self.soft.add_ticks(now.saturating_sub(self.soft.ticks()));
+                self.catch_up(at, began);
                 if self.soft.ticks() >= deadline {
                     return Ok(Exit::Deadline);
                 }
+            } else if stopped {
+                self.own = self.bursts.slice();
             }
         }
     }
@@ -202,11 +224,14 @@ impl Vcpu for DirectCpu {
         let mut figures: Vec<(String, u64)> = [
             ("stays on the host's processor", tally.stays),
             ("nanoseconds there", tally.nanoseconds),
+            ("of these in KVM_RUN for user code", self.direct.inside[0]),
+            ("of these in KVM_RUN for the stub's work", self.direct.inside[1]),
             ("left for SYSCALL", tally.system_calls),
             ("left because time was over", tally.times_over),
             ("left for a single step", tally.steps),
             ("left for what KVM could not execute", tally.not_emulated),
             ("not begun: no place for the stub", tally.no_place),
+            ("rounds of the stub's work", self.direct.rounds),
             ("table entries written again by the stub", self.direct.rewritten),
             ("times that KVM had to forget all tables", self.direct.resets),
         ]

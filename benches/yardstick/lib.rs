@@ -9,6 +9,7 @@
 //! that is merely slow.
 
 mod bytecode;
+mod compression;
 mod digest;
 mod kernels;
 mod sorting;
@@ -67,6 +68,7 @@ pub const ALL: &[Work] = &[
     kernels::HISTOGRAM,
     kernels::SCAN,
     bytecode::BYTECODE,
+    compression::COMPRESS,
     system::GETPPID,
     system::TOUCH,
     system::FORK,

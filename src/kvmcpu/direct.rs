@@ -23,6 +23,7 @@ use crate::kick::{Armed, Kick, monotonic};
 use crate::registers::{to_regs, to_sregs};
 use crate::run::{self, Left};
 use crate::stub::{self, MOST_WORK, Stub};
+use crate::synced::Synced;
 use crate::tops::{Tops, Work};
 use crate::visible;
 use crate::walker::Walker;
@@ -52,6 +53,9 @@ const PLATFORM_INFO: u32 = 0xce;
 const CPUID_CAN_FAULT: u64 = 1 << 31;
 const MISC_FEATURES: u32 = 0x140;
 const CPUID_FAULTS: u64 = 1;
+/// More entries than this are not written again one by one: a KVM that interprets the stub takes four microseconds for each,
+/// and a millisecond to forget everything.
+const MOST_REWRITTEN: usize = 512;
 
 /// Why user mode was left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +86,7 @@ pub struct Direct {
     pub(crate) extended: Extended,
     initial: kvm_sregs,
     kick: Kick,
+    pub(crate) synced: Synced,
     tops: Tops,
     flush: bool,
     /// The vector state and XCR0 that the vCPU has.
@@ -96,11 +101,15 @@ pub struct Direct {
     pub resets: u64,
     /// Entries that the stub has written again.
     pub rewritten: u64,
+    /// Rounds of the stub's work.
+    pub rounds: u64,
+    /// Nanoseconds in KVM_RUN, for user mode and for the stub's work.
+    pub inside: [u64; 2],
 }
 
 impl Direct {
     /// A vCPU over this memory.
-    pub fn new(blank: Blank, memory: Arc<GuestMemory>) -> Result<Self, KvmError> {
+    pub fn new(mut blank: Blank, memory: Arc<GuestMemory>) -> Result<Self, KvmError> {
         let size = memory.host().size();
         let stub = Stub::new(size)?;
         let initial = blank.vcpu.get_sregs().map_err(doing("reading the vCPU's system registers"))?;
@@ -109,6 +118,7 @@ impl Direct {
         for (name, found) in [("machine", Figures::of(&*blank.vm)?), ("vCPU", Figures::of(&blank.vcpu)?)] {
             figures.extend(found.map(|found| (name, found)));
         }
+        let synced = Synced::of(&blank.vm, &mut blank.vcpu);
         let direct = Self {
             vcpu: blank.vcpu,
             vm: blank.vm,
@@ -117,6 +127,7 @@ impl Direct {
             extended: blank.extended,
             initial,
             kick: Kick::new(),
+            synced,
             tops: Tops::default(),
             flush: true,
             held: None,
@@ -126,6 +137,8 @@ impl Direct {
             host_selectors: blank.walker == Walker::KvmShadowsByItself,
             resets: 0,
             rewritten: 0,
+            rounds: 0,
+            inside: [0; 2],
         };
         // MSR_PLATFORM_INFO says that CPUID can be made to fault at CPL 3, MSR_MISC_FEATURES_ENABLES makes it. A host that
         // refuses answers CPUID at CPL 3 itself, of which the user is told.
@@ -163,11 +176,13 @@ impl Direct {
         let host = self.memory.host();
         let Some(moved) = self.tops.find_place(&mut self.stub, host, root) else { return Ok(Why::NoPlace) };
         let edits = self.memory.host().take_table_edits();
-        if moved || edits.everything {
+        self.work.clear();
+        // What KVM has forgotten it reads as it is.
+        let all = moved || edits.everything || edits.entries.len() > MOST_REWRITTEN;
+        if all {
             self.reset()?;
         }
-        self.work.clear();
-        for at in edits.entries {
+        for at in edits.entries.into_iter().filter(|_| !all) {
             let value = self.memory.host().read_u64(at).unwrap_or(0);
             self.work.push((at.0, value));
         }
@@ -214,7 +229,9 @@ impl Direct {
         let immediate_exit = unsafe { AtomicU8::from_ptr(&raw mut page.immediate_exit) };
         let armed = Armed::new(immediate_exit);
         self.kick.set(&armed, deadline, deadline.saturating_sub(monotonic()))?;
+        let began = monotonic();
         let left = run::enter(&mut self.vcpu);
+        self.inside[0] += monotonic() - began;
         drop(armed);
         if left.as_ref().is_ok_and(|left| *left != Left::Interrupted) {
             self.kick.has_moved();
@@ -223,8 +240,7 @@ impl Direct {
     }
 
     fn is_in_stub(&self) -> Result<bool, KvmError> {
-        let regs = self.vcpu.get_regs().map_err(doing("reading the vCPU's registers"))?;
-        Ok(self.stub.contains(regs.rip))
+        Ok(self.stub.contains(self.synced.take(&self.vcpu)?.0.rip))
     }
 
     /// What every entry has: the stub's descriptors, the tables at `cr3`.
@@ -258,7 +274,7 @@ impl Direct {
         sregs.cs = kvm_segment { selector: stub::CODE, type_: 11, l: 1, ..flat };
         let data = kvm_segment { selector: stub::DATA, type_: 3, db: 1, ..flat };
         (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data, data);
-        self.vcpu.set_sregs(&sregs).map_err(doing("setting the vCPU's system registers"))?;
+        self.synced.put_sregs(&mut self.vcpu, &sregs)?;
         let work = std::mem::take(&mut self.work);
         let (rip, list, rsp) = self.stub.work();
         let mut rounds = work.chunks(MOST_WORK).collect::<Vec<_>>();
@@ -277,7 +293,8 @@ impl Direct {
                 rflags: 2,
                 ..Default::default()
             };
-            self.vcpu.set_regs(&regs).map_err(doing("setting the vCPU's registers"))?;
+            self.synced.put_regs(&mut self.vcpu, &regs)?;
+            let began = monotonic();
             loop {
                 match run::enter(&mut self.vcpu)? {
                     Left::Port { port, .. } if port == u16::from(stub::WORK_DONE) => break,
@@ -291,6 +308,8 @@ impl Direct {
                     }
                 }
             }
+            self.inside[1] += monotonic() - began;
+            self.rounds += 1;
             self.rewritten += round.len() as u64;
         }
         self.work = work;
@@ -313,14 +332,14 @@ impl Direct {
             self.entry = long;
         }
         let same = self.held.as_ref().is_some_and(|(fxsave, ymm, xcr0)| {
-            *fxsave == state.fxsave && *ymm == state.ymm_high && *xcr0 == state.xcr0
+            is_same_vectors(fxsave, &state.fxsave) && *ymm == state.ymm_high && *xcr0 == state.xcr0
         });
         if !same {
             self.extended.write_vectors(&self.vcpu, state)?;
         }
         let sregs = self.system(Some(state), cr3);
-        self.vcpu.set_sregs(&sregs).map_err(doing("setting the vCPU's system registers"))?;
-        self.vcpu.set_regs(&to_regs(state)).map_err(doing("setting the vCPU's registers"))
+        self.synced.put_sregs(&mut self.vcpu, &sregs)?;
+        self.synced.put_regs(&mut self.vcpu, &to_regs(state))
     }
 
     /// Makes KVM forget all that it has made of the tables.
@@ -350,4 +369,13 @@ impl Direct {
         // this program refers to their bytes but through atomics and volatile copies.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(doing("setting a memory slot"))
     }
+}
+
+/// Whether two areas of FXSAVE hold the same registers: MXCSR_MASK is the processor's, and what lies behind XMM15 nobody's.
+fn is_same_vectors(one: &[u64], other: &[u64]) -> bool {
+    const MXCSR: usize = 24 / 8;
+    const END: usize = 416 / 8;
+    let registers = |n: usize, word: u64| if n == MXCSR { word & 0xffff_ffff } else { word };
+    one.len() == other.len()
+        && (0..one.len().min(END)).all(|n| registers(n, one[n]) == registers(n, other[n]))
 }

@@ -13,6 +13,7 @@ use kvm_bindings::kvm_vcpu_events;
 use vcpu::ArchState;
 use vcpu::state::seg;
 
+const IF: u64 = 1 << 9;
 const RF: u64 = 1 << 16;
 const VECTOR_DEBUG: u8 = 1;
 
@@ -24,8 +25,7 @@ impl Direct {
         mut why: Why,
         table: &[u8],
     ) -> Result<Why, KvmError> {
-        let regs = self.vcpu.get_regs().map_err(doing("reading the vCPU's registers"))?;
-        let sregs = self.vcpu.get_sregs().map_err(doing("reading the vCPU's system registers"))?;
+        let (regs, sregs) = self.synced.take(&self.vcpu)?;
         from_regs(&regs, state);
         let mut system = state.clone();
         from_sregs(&sregs, &mut system);
@@ -39,7 +39,12 @@ impl Direct {
             Why::Vector(vector) => {
                 let [rip, cs, rflags, rsp, ss] = self.stub.frame_of_exception();
                 (state.rip, state.rflags, state.gprs[4]) = (rip, rflags, rsp);
-                if vector == VECTOR_DEBUG && self.stepped()? {
+                if self.host_selectors && rflags & IF == 0 && self.stub.system_call_entries().contains(&rip) {
+                    // A KVM that interprets SYSCALL may fetch what it leads to at the privilege of user code. User code that
+                    // jumped there itself would have interrupts enabled, which SYSCALL clears.
+                    why = Why::SystemCall;
+                    (state.rip, state.rflags) = (state.gprs[1].wrapping_sub(2), state.gprs[11]);
+                } else if vector == VECTOR_DEBUG && self.stepped()? {
                     why = Why::Step;
                 } else if vector == VECTOR_DEBUG {
                     // No breakpoints are set: it is INT1, which is a trap.

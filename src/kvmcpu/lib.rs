@@ -34,6 +34,7 @@ mod run;
 pub mod slots;
 mod state;
 pub mod stub;
+pub mod synced;
 pub mod tops;
 pub mod visible;
 pub mod walker;

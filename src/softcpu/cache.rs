@@ -120,6 +120,7 @@ const MAX_BLOCKS: usize = 400_000;
 /// overlap, and each of their instructions takes some 100 bytes. A Linux boot needs 500,000.
 const MAX_OPS: usize = 2_000_000;
 const NO_BLOCK: u32 = u32::MAX;
+const NO_JUMP: Jump = Jump { ip: 0, context: 0, block: NO_BLOCK };
 
 /// The cache.
 pub struct CodeCache {
@@ -140,7 +141,7 @@ impl Default for CodeCache {
             by_key: HashMap::default(),
             by_frame: HashMap::default(),
             ops: 0,
-            jumps: Box::new([Jump { ip: 0, context: 0, block: NO_BLOCK }; JUMPS]),
+            jumps: Box::new([NO_JUMP; JUMPS]),
         }
     }
 }
@@ -298,7 +299,14 @@ impl CodeCache {
         for &frame in self.by_frame.keys() {
             set_code(core, Owner::Interpreter, Hfn(frame), 0);
         }
-        *self = Self::default();
+        if self.blocks.is_empty() {
+            return;
+        }
+        // In place: it happens after every stay of user code on another processor.
+        let Self { blocks, free, by_key, by_frame, ops, jumps } = self;
+        (blocks.clear(), free.clear(), by_key.clear(), by_frame.clear());
+        *ops = 0;
+        jumps.fill(NO_JUMP);
     }
 }
 

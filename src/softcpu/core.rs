@@ -84,6 +84,8 @@ pub struct Core {
     pub added_ticks: u64,
     /// When to stop.
     pub deadline: u64,
+    /// Stop where plain user code begins: see [`crate::user_mode`].
+    pub stop_at_user: bool,
 
     /// ES, CS, SS, DS, FS, GS.
     pub segments: [Segment; 6],
@@ -168,6 +170,7 @@ impl Core {
             ticks: 0,
             added_ticks: 0,
             deadline: u64::MAX,
+            stop_at_user: false,
             segments: [data, code, data, data, data, data],
             ldtr: Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x82 },
             tr: Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x8b },

@@ -123,7 +123,7 @@ impl SoftCpu {
                     Attended::Again => continue,
                 }
             }
-            if self.core.ticks >= self.core.deadline {
+            if self.core.ticks >= self.core.deadline || self.core.stops_here() {
                 return Ok(Exit::Deadline);
             }
             if let Err(stop) = self.run_some()

@@ -6,6 +6,7 @@
 //!
 //! Manual: Intel SDM Vol. 3 §5.5 (privilege levels), §2.5 (control registers).
 
+use crate::core::Core;
 use crate::engine::SoftCpu;
 use crate::flags::bit;
 use crate::op::REG_IP;
@@ -15,18 +16,35 @@ use mmu::{Access, AccessKind, Privilege, TableRoot};
 use vcpu::state::seg;
 use vcpu::{ArchState, Exit};
 
+impl Core {
+    /// Whether the next instruction is of user mode with nothing else to look at, in 64-bit paging, with interrupts enabled and
+    /// nothing that single instructions have to be executed for.
+    fn is_at_plain_user_code(&self) -> bool {
+        self.cpl == 3
+            && self.long_mode()
+            && self.attention.is_empty()
+            && self.flags.has(bit::IF)
+            && self.flags.all() & (bit::TF | bit::NT | bit::RF | bit::VM | bit::IOPL | bit::AC) == 0
+    }
+
+    /// Whether the next instruction is for somebody else.
+    #[inline]
+    pub(crate) fn stops_here(&self) -> bool {
+        self.stop_at_user && self.is_at_plain_user_code()
+    }
+}
+
 impl SoftCpu {
-    /// Whether the CPU stands at an instruction of user mode with nothing else to look at, in 64-bit paging, with interrupts
-    /// enabled and nothing that single instructions have to be executed for.
+    /// Whether the CPU stands at plain user code.
     pub fn is_at_plain_user_code(&self) -> bool {
-        let core = &self.core;
-        let waits = !matches!(self.pending, None | Some(Exit::Deadline));
-        core.cpl == 3
-            && core.long_mode()
-            && !waits
-            && core.attention.is_empty()
-            && core.flags.has(bit::IF)
-            && core.flags.all() & (bit::TF | bit::NT | bit::RF | bit::VM | bit::IOPL | bit::AC) == 0
+        matches!(self.pending, None | Some(Exit::Deadline)) && self.core.is_at_plain_user_code()
+    }
+
+    /// Whether a run is to end where plain user code begins, with [`Exit::Deadline`] before its time. Translated code goes on
+    /// into user code that it knows the way to; none is known after [`SoftCpu::take_user_registers`], and while this is on none
+    /// comes to be.
+    pub fn stop_at_user_code(&mut self, stop: bool) {
+        self.core.stop_at_user = stop;
     }
 
     /// Grows whenever code below privilege level 3 is entered.

@@ -124,6 +124,8 @@ pub struct Blocks {
     by_key: HashMap<u64, u32, FixedHash>,
     by_frame: HashMap<u64, Vec<u32>, FixedHash>,
     pages: HashMap<u64, u32, FixedHash>,
+    /// By the number of a page's word: whether the page is user mode's.
+    of_user: Vec<bool>,
     /// Words that hold a linear page now, and whether that mapping is global.
     known: Vec<(u32, bool)>,
     heat: HashMap<u64, Heat, FixedHash>,
@@ -154,6 +156,7 @@ impl Blocks {
             by_key: HashMap::default(),
             by_frame: HashMap::default(),
             pages: HashMap::default(),
+            of_user: Vec::new(),
             known: Vec::new(),
             heat: HashMap::default(),
             unshared: HashMap::default(),
@@ -200,6 +203,7 @@ impl Blocks {
         let key = frame.0 * 2 + u64::from(user);
         *self.pages.entry(key).or_insert_with(|| {
             *core.page_mut(fresh as usize) = UNKNOWN;
+            self.of_user.push(user);
             fresh
         })
     }
@@ -232,10 +236,7 @@ impl Blocks {
 
     /// Forgets where pages of user mode's code are mapped.
     pub(super) fn forget_user_pages(&mut self, core: &mut FrameBox) {
-        let Self { known, pages, .. } = self;
-        let user: Vec<u32> = pages.iter().filter(|&(key, _)| key & 1 != 0).map(|(_, &page)| page).collect();
-        let mut of_user = vec![false; pages.len()];
-        user.iter().for_each(|&page| of_user[page as usize] = true);
+        let Self { known, of_user, .. } = self;
         known.retain(|&(page, _)| {
             let forget = of_user.get(page as usize).copied().unwrap_or(false);
             if forget {
@@ -430,6 +431,7 @@ impl Blocks {
         self.by_key.clear();
         self.by_frame.clear();
         self.pages.clear();
+        self.of_user.clear();
         self.heat.clear();
         self.unshared.clear();
         self.trust.clear();

@@ -113,6 +113,9 @@ impl Translator {
 
     /// Lets indirect branches find the block at `target`, if it is translated already.
     pub(super) fn know_target(&mut self, core: &mut FrameBox, mode: Mode, target: u64) -> Result<(), Stop> {
+        if core.stops_here() {
+            return Ok(());
+        }
         if !core.attention.is_empty() || core.ticks >= core.deadline {
             // These come before a fault of the fetch.
             let last = target.wrapping_add(crossing::MOST_BYTES as u64 - 1);

@@ -178,6 +178,9 @@ impl Translator {
         // An exit that waits to be linked to the block that is found next.
         let mut from = None;
         loop {
+            if core.stops_here() {
+                return Ok(Next::Look);
+            }
             let Some(mode) = Self::mode(core) else { return Ok(Next::Interpret(usize::MAX)) };
             let mode = mode.with_plain(self.plain_at.take() == Some(core.regs[usize::from(REG_IP)]));
             let (avx, linear_bits) = (Self::avx_usable(core), core.paging.linear_bits());
