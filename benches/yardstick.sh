@@ -121,7 +121,7 @@ times_of() {
     case $entrant in native | qemu | *-*) ;; *) entrant=$entrant-$own_choice ;; esac
     case $entrant-$2 in
         native-compute | direct-auto-compute | direct-native-compute) echo $((100 * scale)) ;;
-        *-interpret-*) echo "$scale" ;;
+        *-interpret-* | direct-native-system) echo "$scale" ;;
         *) echo $((20 * scale)) ;;
     esac
 }

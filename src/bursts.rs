@@ -70,6 +70,11 @@ impl Bursts {
         if self.kind == UserCode::Translate { u64::MAX } else { SLICE }
     }
 
+    /// After how many instructions a piece that could not be handed over is tried again.
+    pub fn try_again(&self) -> u64 {
+        if self.kind == UserCode::Native { 1 } else { SLICE }
+    }
+
     /// Whether user code is looked at where it begins, too.
     pub fn looks_early(&self) -> bool {
         self.kind != UserCode::Translate

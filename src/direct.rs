@@ -88,7 +88,7 @@ impl DirectCpu {
 
     /// Runs user code on the host's processor, where that can be.
     fn stay(&mut self, left: u64) -> Result<(), VcpuError> {
-        self.own = self.bursts.slice();
+        self.own = self.bursts.try_again();
         let mut state = self.soft.state();
         let Some(root) = self.usable_root(&state) else { return Ok(()) };
         let mut table = vec![0; (usize::from(state.gdtr.limit) + 1) & !7];

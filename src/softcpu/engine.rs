@@ -38,6 +38,8 @@ pub struct SoftCpu {
     pub(crate) translator: Option<Translator>,
     /// The exit that waits for its answer.
     pub(crate) pending: Option<Exit>,
+    /// User code has run elsewhere since what is decoded was dropped last.
+    pub(crate) decoded_distrusted: bool,
 }
 
 impl SoftCpu {
@@ -75,7 +77,7 @@ impl SoftCpu {
         core.hot.callout = crate::translate::called::callout as *const () as u64;
         core.hot.refill = crate::translate::called::refill as *const () as u64;
         core.hot.host_mxcsr = 0x1f80;
-        Ok(Self { core, code: CodeCache::default(), translator, pending: None })
+        Ok(Self { core, code: CodeCache::default(), translator, pending: None, decoded_distrusted: false })
     }
 
     /// The engine that executes guest code.
@@ -150,6 +152,10 @@ impl SoftCpu {
     /// Runs the block at RIP, or as much of it as `most`, time and attention permit.
     #[inline]
     fn run_block(&mut self, most: usize) -> Result<(), Stop> {
+        if self.decoded_distrusted && self.core.cpl == 3 {
+            self.decoded_distrusted = false;
+            self.clear_decoded();
+        }
         let Self { core, code, .. } = self;
         let alone = core.attention & ALONE;
         let index = code.find(core)?;

@@ -97,9 +97,10 @@ impl SoftCpu {
         self.core.debug_trap();
     }
 
-    /// What was made of user mode's code may be of other bytes than are there now.
+    /// What was made of user mode's code may be of other bytes than are there now. What the interpreter has decoded is dropped
+    /// once it comes to user code: where a stay follows a stay, as between two ticks of a guest's clock, it never does.
     fn distrust_user_code(&mut self) {
-        self.clear_decoded();
+        self.decoded_distrusted = true;
         if let Some(translator) = &mut self.translator {
             translator.distrust(&mut self.core);
         }
