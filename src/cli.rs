@@ -45,7 +45,7 @@ struct Cli {
 enum Command {
     /// Run one guest; its serial port is on standard input and output
     Run(RunArgs),
-    /// Run one guest once per MMU backend and engine and show the figures side by side
+    /// Run one guest once per CPU, MMU backend and engine and show the figures side by side
     Compare(CompareArgs),
     /// Run one guest under two configurations at once and explain the first difference between them
     Lockstep(LockstepArgs),
@@ -87,13 +87,13 @@ struct RunArgs {
 struct CompareArgs {
     #[command(flatten)]
     machine: MachineArgs,
-    /// The CPUs to compare, each under each backend that it can have
+    /// The CPUs to compare, each under each backend
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [CpuKind::Soft])]
     cpu: Vec<CpuKind>,
     /// The MMU backends to compare
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = MmuKind::ALL)]
     mmu: Vec<MmuKind>,
-    /// The engines of the software CPU to compare, each under each backend
+    /// The engines of the software CPU to compare, each under each backend, and as the kernel's engine under direct execution
     #[arg(long, value_name = "ENGINE,...", value_parser = engine_option::parser(), value_delimiter = ',',
         default_value = EngineKind::default().name())]
     engine: Vec<EngineKind>,
@@ -196,31 +196,28 @@ fn compare(args: &CompareArgs) -> Result<u8, Error> {
     Ok(comparison.status())
 }
 
-/// Every machine that `compare` is asked for.
+/// Every machine that `compare` is asked for. What the host cannot do is said before the first of them runs.
 fn squares(args: &CompareArgs, base: &MachineConfig) -> Result<Vec<MachineConfig>, Error> {
-    let on_each_engine =
-        |config: MachineConfig| args.engine.iter().map(move |&engine| config.clone().with_engine(engine));
+    let on_each_engine = |config: MachineConfig| match config.has_engine() {
+        true => args.engine.iter().map(|&engine| config.clone().with_engine(engine)).collect(),
+        false => vec![config],
+    };
     let mut configs = Vec::new();
     for &cpu in &args.cpu {
         let base = args.machine.on(base.clone(), cpu);
         for &mmu in &args.mmu {
-            let config = base.clone().with_mmu(mmu);
-            match cpu {
-                CpuKind::Soft => configs.extend(on_each_engine(config)),
-                // The host's CPU has no engine to choose.
-                CpuKind::Kvm => {
-                    host_cpu::check(&config)?;
-                    configs.push(config);
-                }
-            }
+            configs.extend(on_each_engine(base.clone().with_mmu(mmu)));
         }
-        if cpu == CpuKind::Soft {
-            for switch in &args.also_without {
-                let mut config = base.clone().with_mmu(MmuKind::Shadow);
-                config.mmu_options.set(MmuKind::Shadow, switch, false)?;
-                configs.extend(on_each_engine(config));
-            }
+        for switch in &args.also_without {
+            let mut config = base.clone().with_mmu(MmuKind::Shadow);
+            config.mmu_options.set(MmuKind::Shadow, switch, false)?;
+            configs.extend(on_each_engine(config));
         }
+    }
+    let on_the_hosts_cpu = || configs.iter().filter(|config| config.cpu == CpuKind::Kvm);
+    on_the_hosts_cpu().try_for_each(host_cpu::check)?;
+    if on_the_hosts_cpu().next().is_some() {
+        kvmcpu::Host::open()?;
     }
     Ok(configs)
 }

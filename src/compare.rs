@@ -2,6 +2,7 @@
 //!
 //! It stands after the runs and reads nothing but their reports. The first column is the measure of the others.
 
+use crate::direct::FIGURES;
 use crate::measure::{CAUSES, OUTCOMES};
 use crate::quantity::{grouped, nanos};
 use crate::report::{MachineFacts, NO_ENGINE, Report, TimeSummary};
@@ -64,7 +65,9 @@ impl Comparison {
             out += &format!("{}: {}{engine}\n", first.machine.guest, first.machine.image);
         }
         for run in &self.runs {
-            out += &format!("{}: {}; exit status {}\n", self.title(run), run.sentence, run.status);
+            let user_code = run.machine.user_code.as_ref();
+            let user_code = user_code.map_or_else(String::new, |place| format!(" (user code: {place})"));
+            out += &format!("{}{user_code}: {}; exit status {}\n", self.title(run), run.sentence, run.status);
         }
         out += if self.same_output { "output: the same in every run\n" } else { "output: DIFFERENT\n" };
         if !self.same_end {
@@ -77,10 +80,12 @@ impl Comparison {
             out += "exits or faults under two engines: DIFFERENT\n";
         }
         out += if self.runs.iter().all(Report::repeats) {
-            "\nCounts (the same whenever these are run)\n"
+            "\nCounts (the same whenever these are run"
         } else {
-            "\nCounts (of these runs: under the host's clock no two are alike)\n"
+            "\nCounts (of these runs: under the host's clock no two are alike"
         };
+        let all_counted = self.runs.iter().all(|run| run.counts.instructions.is_some() && run.host.is_none());
+        out += if all_counted { ")\n" } else { "; -: nobody counted)\n" };
         out += &self.counts();
         out += "\nTimes (of these runs on this machine)\n";
         out += &self.times();
@@ -117,32 +122,33 @@ impl Comparison {
 
     fn counts(&self) -> String {
         let mut table = self.table();
-        let mut row = |name: &str, figure: &dyn Fn(&Report) -> u64| {
-            let figures: Vec<u64> = self.runs.iter().map(figure).collect();
-            if figures.iter().any(|&n| n > 0) {
-                add_row(&mut table, name, figures.into_iter().map(grouped));
+        // What nobody counted in a run is not zero.
+        let mut row = |name: &str, figure: &dyn Fn(&Report) -> Option<u64>| {
+            let figures: Vec<Option<u64>> = self.runs.iter().map(figure).collect();
+            if figures.iter().flatten().any(|&n| n > 0) {
+                add_row(&mut table, name, figures.into_iter().map(|n| n.map_or("-".into(), grouped)));
             }
         };
-        let counted = self.runs.iter().all(|run| run.counts.instructions.is_some());
-        let instructions = if counted { "instructions" } else { "instructions (0: not counted)" };
-        row(instructions, &|r| r.counts.instructions.unwrap_or(0));
-        row("nanoseconds of guest time", &|r| r.counts.guest_ns);
-        row("exits", &|r| r.counts.exits);
-        row("faults", &|r| r.counts.faults);
+        row("instructions", &|r| r.counts.instructions);
+        row("nanoseconds of guest time", &|r| Some(r.counts.guest_ns));
+        row("exits", &|r| Some(r.counts.exits));
+        row("faults", &|r| Some(r.counts.faults));
         for key in self.keys(|r| &r.counts.counters) {
-            row(phrase(key), &|r| r.counts.counters.get(key).copied().unwrap_or(0));
+            row(phrase(key), &|r| Some(r.counts.counters.get(key).copied().unwrap_or(0)));
         }
         for key in self.keys(|r| &r.counts.devices) {
-            row(&format!("device {key}: reads"), &|r| r.counts.devices.get(key).map_or(0, |a| a.reads));
-            row(&format!("device {key}: writes"), &|r| r.counts.devices.get(key).map_or(0, |a| a.writes));
+            row(&format!("device {key}: reads"), &|r| Some(r.counts.devices.get(key).map_or(0, |a| a.reads)));
+            row(&format!("device {key}: writes"), &|r| {
+                Some(r.counts.devices.get(key).map_or(0, |a| a.writes))
+            });
         }
-        row("bytes of tables at most", &|r| r.counts.table_bytes_peak);
-        row("bytes of guest memory backed", &|r| r.counts.guest_bytes_backed);
-        row("bytes sent by the serial port", &|r| r.counts.serial_bytes);
+        row("bytes of tables at most", &|r| Some(r.counts.table_bytes_peak));
+        row("bytes of guest memory backed", &|r| Some(r.counts.guest_bytes_backed));
+        row("bytes sent by the serial port", &|r| Some(r.counts.serial_bytes));
         for (group, name) in self.host_keys() {
-            row(&format!("counted by KVM, {group}: {name}"), &|r| {
-                let figures = r.host.as_ref().and_then(|host| host.groups.get(group));
-                figures.and_then(|figures| figures.get(name)).copied().unwrap_or(0)
+            let whose = if group == FIGURES { "" } else { "counted by KVM, " };
+            row(&format!("{whose}{group}: {name}"), &|r| {
+                r.host.as_ref()?.groups.get(group)?.get(name).copied()
             });
         }
         render(&table)
@@ -164,7 +170,10 @@ impl Comparison {
         };
         row("run", &|r| nanos(r.times.wall_ns));
         row("handling exits", &|r| nanos(r.times.handling_ns));
-        row("million instructions a second", &|r| format!("{:.1}", r.times.mips));
+        row("million instructions a second", &|r| match r.counts.instructions {
+            Some(_) => format!("{:.1}", r.times.mips),
+            None => "-".into(),
+        });
         let parts: [Part; 3] = [|r| &r.times.exits, |r| &r.times.outcomes, |r| &r.times.completions];
         for part in parts {
             for key in self.keys(part) {
@@ -225,6 +234,7 @@ mod tests {
                 mmu_switches: Vec::new(),
                 cpu: "soft".into(),
                 engine: "interpret".into(),
+                user_code: None,
                 cpu_model: "m".into(),
                 clock: "virtual".into(),
                 policy: "linear".into(),

@@ -20,8 +20,12 @@ use std::time::Instant;
 use vcpu::{Answer, ArchState, CachedTranslation, Entry, Exit, FigureGroup, HostFigures, Vcpu, VcpuError};
 
 const CR4_PKE: u64 = 1 << 22;
+const IF: u64 = 1 << 9;
 /// Four levels of tables.
 const TOP_LEVEL: u8 = 4;
+
+/// What reports call the figures of direct execution itself, beside those of the host's KVM.
+pub const FIGURES: &str = "direct execution";
 
 /// What direct execution counts itself.
 #[derive(Debug, Default)]
@@ -59,8 +63,13 @@ impl DirectCpu {
     ) -> Result<Self, KvmError> {
         let walker = blank.walker();
         let direct = Direct::new(blank, memory)?;
+        let mut soft = Box::new(soft);
+        // Elsewhere the vCPU's RFLAGS.IF is the host's own while user code runs, which PUSHF shows.
+        if walker.is_hardware() || walker == Walker::KvmShadows {
+            soft.go_without_interrupts();
+        }
         Ok(Self {
-            soft: Box::new(soft),
+            soft,
             direct,
             walker,
             bursts: Bursts::new(user_code),
@@ -68,6 +77,13 @@ impl DirectCpu {
             refused: None,
             own: 0,
         })
+    }
+
+    /// Lets the host's processor have user code with interrupts disabled on any host: for programs that do not look at
+    /// RFLAGS.IF, which is set there on a host without VT-x and SVM.
+    pub fn even_without_interrupts(mut self) -> Self {
+        self.soft.go_without_interrupts();
+        self
     }
 
     /// The table that the host's processor can use, if it can be used now.
@@ -96,7 +112,13 @@ impl DirectCpu {
             return Ok(());
         }
         let (space, began) = (state.cr3, Instant::now());
+        // User code cannot change it, and KVM without VT-x and SVM cannot leave it clear.
+        let interrupts = state.rflags & IF;
+        if self.walker == Walker::KvmShadowsByItself {
+            state.rflags |= IF;
+        }
         let why = self.direct.run(&mut state, root, &table, left)?;
+        state.rflags = state.rflags & !IF | interrupts;
         let took = began.elapsed().as_nanos() as u64;
         let tally = &mut self.tally;
         match why {
@@ -238,7 +260,7 @@ impl Vcpu for DirectCpu {
         .map(|(name, count)| (name.to_owned(), count))
         .into();
         figures.extend(tally.vectors.iter().map(|(v, &count)| (format!("left for exception {v}"), count)));
-        let mut groups = vec![FigureGroup { name: "direct execution".to_owned(), figures }];
+        let mut groups = vec![FigureGroup { name: FIGURES.to_owned(), figures }];
         groups.extend(self.direct.figures()?);
         Ok(Some(HostFigures {
             walker: self.walker.name().to_owned(),

@@ -6,7 +6,6 @@
 
 use crate::end::End;
 use crate::error::Error;
-use crate::host_cpu::CpuKind;
 use crate::machine::Machine;
 use crate::run::{PagingChange, Step};
 use devices::Shutdown;
@@ -31,16 +30,16 @@ const MSR_TSC_ADJUST: u32 = 0x3b;
 /// The longest sleep under the host's clock without looking up.
 const NAP: Duration = Duration::from_millis(20);
 
-/// The counter for an exit; `None` for the second half of a fault that is already counted. On a CPU whose faults are not ours
+/// The counter for an exit; `None` for the second half of a fault that is already counted. Where the faults are not our own
 /// an access to device memory is an exit by itself.
-pub(crate) fn cause(exit: &Exit, host_deadline: bool, cpu: CpuKind) -> Option<Counter> {
+pub(crate) fn cause(exit: &Exit, host_deadline: bool, own_faults: bool) -> Option<Counter> {
     Some(match exit {
         Exit::Fault(fault) => match fault.kind {
             FaultKind::Page(_) => Counter::ExitPageFault,
             FaultKind::EptViolation { .. } => Counter::ExitEptViolation,
             FaultKind::EptMisconfig { .. } => Counter::ExitEptMisconfig,
         },
-        Exit::MmioRead { .. } | Exit::MmioWrite { .. } if cpu == CpuKind::Kvm => Counter::ExitMmio,
+        Exit::MmioRead { .. } | Exit::MmioWrite { .. } if !own_faults => Counter::ExitMmio,
         Exit::TableWritten(_) | Exit::MmioRead { .. } | Exit::MmioWrite { .. } => return None,
         Exit::Cr3Load { .. } => Counter::ExitCr3Load,
         Exit::PagingControl { .. } => Counter::ExitPagingControl,
@@ -375,8 +374,8 @@ mod tests {
     fn an_access_to_device_memory_is_an_exit_where_the_faults_are_not_ours() {
         let write = Exit::MmioWrite { gpa: Gpa(0xfee0_00b0), size: 4, value: 0 };
         for exit in [Exit::MmioRead { gpa: Gpa(0xfee0_0020), size: 4 }, write] {
-            assert_eq!(cause(&exit, false, CpuKind::Kvm), Some(Counter::ExitMmio));
-            assert_eq!(cause(&exit, false, CpuKind::Soft), None);
+            assert_eq!(cause(&exit, false, false), Some(Counter::ExitMmio));
+            assert_eq!(cause(&exit, false, true), None);
         }
     }
 

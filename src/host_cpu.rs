@@ -100,7 +100,9 @@ pub(crate) fn check(config: &MachineConfig) -> Result<(), Error> {
 pub(crate) fn machine(config: MachineConfig, wiring: Wiring) -> Result<Machine, Error> {
     check(&config)?;
     let blank = blank(&config.cpu_model)?;
-    let notes = [blank.note(), (!blank.walker().traps_cpuid()).then(|| USER_CPUID.to_owned())];
+    // Under direct execution the kernel asks the software CPU, which also executes what faults at CPL 3 because the host lacks it.
+    let lacking = blank.note().filter(|_| !config.is_direct());
+    let notes = [lacking, (!blank.walker().traps_cpuid()).then(|| USER_CPUID.to_owned())];
     if config.mmu == MmuKind::Shadow {
         let (model, engine, code_cache) = (config.cpu_model.clone(), config.engine, config.code_cache);
         let user_code = config.user_code;

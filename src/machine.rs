@@ -122,6 +122,16 @@ impl MachineConfig {
         self
     }
 
+    /// Whether user code runs on the host's CPU, and all else on the software CPU.
+    pub fn is_direct(&self) -> bool {
+        self.cpu == CpuKind::Kvm && self.mmu == MmuKind::Shadow
+    }
+
+    /// Whether the software CPU, which has an engine, has a part in it.
+    pub fn has_engine(&self) -> bool {
+        self.cpu == CpuKind::Soft || self.is_direct()
+    }
+
     /// The same machine with another engine of the software CPU.
     pub fn with_engine(mut self, engine: EngineKind) -> Self {
         self.engine = engine;

@@ -5,7 +5,6 @@
 
 use crate::end::End;
 use crate::error::Error;
-use crate::host_cpu::CpuKind;
 use crate::machine::Machine;
 use crate::measure::{CAUSES, COMPLETIONS, OUTCOMES};
 use crate::report::{
@@ -66,10 +65,8 @@ impl Machine {
             mmu: config.mmu.name().to_owned(),
             mmu_switches: config.mmu_options.changed(config.mmu),
             cpu: config.cpu.name().to_owned(),
-            engine: match config.cpu {
-                CpuKind::Soft => config.engine.name().to_owned(),
-                CpuKind::Kvm => NO_ENGINE.to_owned(),
-            },
+            engine: if config.has_engine() { config.engine.name() } else { NO_ENGINE }.to_owned(),
+            user_code: config.is_direct().then(|| config.user_code.to_string()),
             cpu_model: config.cpu_model.name().to_owned(),
             clock: config.clock.name().to_owned(),
             policy: policy_name(config.policy),

@@ -58,9 +58,12 @@ pub struct MachineFacts {
     pub mmu_switches: Vec<String>,
     /// The kind of CPU.
     pub cpu: String,
-    /// The engine of the software CPU.
+    /// The engine of the software CPU, which has the kernel's code under direct execution too.
     #[serde(default = "first_engine")]
     pub engine: String,
+    /// Where user code was executed, where that is not where all the rest was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_code: Option<String>,
     /// The CPU model.
     pub cpu_model: String,
     /// The clock.
@@ -245,6 +248,7 @@ mod tests {
             mmu_switches: Vec::new(),
             cpu: String::new(),
             engine: String::new(),
+            user_code: None,
             cpu_model: String::new(),
             clock: String::new(),
             policy: String::new(),

@@ -332,7 +332,7 @@ impl Machine {
         if told && *exit == Exit::Deadline {
             return None;
         }
-        let cause = crate::exits::cause(exit, self.loop_state.host_deadline, self.config.cpu)?;
+        let cause = crate::exits::cause(exit, self.loop_state.host_deadline, self.config.has_engine())?;
         self.loop_state.exits += 1;
         self.counters.count(cause);
         Some(cause)

@@ -3,6 +3,7 @@
 //! It stands after a run and reads nothing but [`Report`]. Rows whose figures are all zero are left out of the text;
 //! the JSON has every key.
 
+use crate::direct::FIGURES;
 use crate::measure::{CAUSES, OUTCOMES};
 use crate::quantity::{grouped, nanos, size};
 use crate::report::{HostCounts, NO_ENGINE, Report, TimeSummary};
@@ -71,6 +72,7 @@ pub fn heading(report: &Report) -> String {
         if m.mmu_switches.is_empty() { String::new() } else { format!(" ({})", m.mmu_switches.join(", ")) };
     let c = &report.counts;
     let engine = if m.engine == NO_ENGINE { String::new() } else { format!(" --engine {}", m.engine) };
+    let user_code = m.user_code.as_ref().map_or_else(String::new, |place| format!(" --user-code {place}"));
     let took =
         format!("{} of guest time, {} by the host's clock", nanos(c.guest_ns), nanos(report.times.wall_ns));
     let pace = match c.instructions {
@@ -82,7 +84,7 @@ pub fn heading(report: &Report) -> String {
         None => format!("instructions are not counted; {took}"),
     };
     format!(
-        "{}: {}; {} of memory, {}; --mmu {}{switches} --cpu {} ({}){engine} --clock {}\n{}; exit status {}\n{pace}\n",
+        "{}: {}; {} of memory, {}; --mmu {}{switches} --cpu {} ({}){engine}{user_code} --clock {}\n{}; exit status {}\n{pace}\n",
         m.guest,
         m.image,
         size(m.memory),
@@ -114,16 +116,25 @@ fn counts(report: &Report) -> String {
     render(&table)
 }
 
-/// What the kernel counted, by the kernel's names.
+/// What direct execution counted, and what the kernel did, by the kernel's names.
 fn host_counts(host: &HostCounts) -> String {
+    let mut out = String::new();
+    let shown = |figures: &'_ IndexMap<String, u64>| figures.clone().into_iter().filter(|(_, n)| *n > 0);
+    if let Some(figures) = host.groups.get(FIGURES) {
+        let mut table = plain(&["", "count"]);
+        for (name, number) in shown(figures) {
+            add_row(&mut table, &name, [grouped(number)]);
+        }
+        out += &format!("\nDirect execution: user code on the host's processor\n{}", render(&table));
+    }
     let mut table = plain(&["", "count"]);
     add_row(&mut table, "memory slots", [grouped(host.memory_slots)]);
-    for (group, figures) in &host.groups {
-        for (name, &number) in figures.iter().filter(|(_, n)| **n > 0) {
+    for (group, figures) in host.groups.iter().filter(|(group, _)| *group != FIGURES) {
+        for (name, number) in shown(figures) {
             add_row(&mut table, &format!("{group}: {name}"), [grouped(number)]);
         }
     }
-    format!("\nCounted by the host's KVM; tables were walked by {}\n{}", host.sentence, render(&table))
+    out + &format!("\nCounted by the host's KVM; tables were walked by {}\n{}", host.sentence, render(&table))
 }
 
 fn devices(report: &Report) -> String {

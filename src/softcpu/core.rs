@@ -86,6 +86,8 @@ pub struct Core {
     pub deadline: u64,
     /// Stop where plain user code begins: see [`crate::user_mode`].
     pub stop_at_user: bool,
+    /// User code with interrupts disabled may be another processor's: see [`crate::user_mode`].
+    pub goes_without_interrupts: bool,
 
     /// ES, CS, SS, DS, FS, GS.
     pub segments: [Segment; 6],
@@ -171,6 +173,7 @@ impl Core {
             added_ticks: 0,
             deadline: u64::MAX,
             stop_at_user: false,
+            goes_without_interrupts: false,
             segments: [data, code, data, data, data, data],
             ldtr: Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x82 },
             tr: Segment { selector: 0, base: 0, limit: 0xffff, attributes: 0x8b },

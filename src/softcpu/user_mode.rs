@@ -17,13 +17,13 @@ use vcpu::state::seg;
 use vcpu::{ArchState, Exit};
 
 impl Core {
-    /// Whether the next instruction is of user mode with nothing else to look at, in 64-bit paging, with interrupts enabled and
-    /// nothing that single instructions have to be executed for.
+    /// Whether the next instruction is of user mode with nothing else to look at, in 64-bit paging, with interrupts enabled,
+    /// unless it goes without, and nothing that single instructions have to be executed for.
     fn is_at_plain_user_code(&self) -> bool {
         self.cpl == 3
             && self.long_mode()
             && self.attention.is_empty()
-            && self.flags.has(bit::IF)
+            && (self.flags.has(bit::IF) || self.goes_without_interrupts)
             && self.flags.all() & (bit::TF | bit::NT | bit::RF | bit::VM | bit::IOPL | bit::AC) == 0
     }
 
@@ -45,6 +45,11 @@ impl SoftCpu {
     /// comes to be.
     pub fn stop_at_user_code(&mut self, stop: bool) {
         self.core.stop_at_user = stop;
+    }
+
+    /// Lets user code with interrupts disabled be plain, too.
+    pub fn go_without_interrupts(&mut self) {
+        self.core.goes_without_interrupts = true;
     }
 
     /// Grows whenever code below privilege level 3 is entered.
