@@ -304,7 +304,10 @@ impl CodeCache {
         }
         // In place: it happens after every stay of user code on another processor.
         let Self { blocks, free, by_key, by_frame, ops, jumps } = self;
-        (blocks.clear(), free.clear(), by_key.clear(), by_frame.clear());
+        blocks.clear();
+        free.clear();
+        by_key.clear();
+        by_frame.clear();
         *ops = 0;
         jumps.fill(NO_JUMP);
     }
