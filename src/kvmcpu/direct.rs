@@ -17,7 +17,7 @@
 
 use crate::blank::Blank;
 use crate::error::{KvmError, doing};
-use crate::extended::Extended;
+use crate::extended::{Extended, is_same_registers};
 use crate::figures::Figures;
 use crate::kick::{Armed, Kick, monotonic};
 use crate::registers::{to_regs, to_sregs};
@@ -332,7 +332,7 @@ impl Direct {
             self.entry = long;
         }
         let same = self.held.as_ref().is_some_and(|(fxsave, ymm, xcr0)| {
-            is_same_vectors(fxsave, &state.fxsave) && *ymm == state.ymm_high && *xcr0 == state.xcr0
+            is_same_registers(fxsave, &state.fxsave) && *ymm == state.ymm_high && *xcr0 == state.xcr0
         });
         if !same {
             self.extended.write_vectors(&self.vcpu, state)?;
@@ -369,13 +369,4 @@ impl Direct {
         // this program refers to their bytes but through atomics and volatile copies.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(doing("setting a memory slot"))
     }
-}
-
-/// Whether two areas of FXSAVE hold the same registers: MXCSR_MASK is the processor's, and what lies behind XMM15 nobody's.
-fn is_same_vectors(one: &[u64], other: &[u64]) -> bool {
-    const MXCSR: usize = 24 / 8;
-    const END: usize = 416 / 8;
-    let registers = |n: usize, word: u64| if n == MXCSR { word & 0xffff_ffff } else { word };
-    one.len() == other.len()
-        && (0..one.len().min(END)).all(|n| registers(n, one[n]) == registers(n, other[n]))
 }

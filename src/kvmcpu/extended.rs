@@ -191,3 +191,29 @@ fn one(index: u32, data: u64) -> Result<Msrs, KvmError> {
     Msrs::from_entries(&[kvm_msr_entry { index, data, ..kvm_msr_entry::default() }])
         .map_err(|_| KvmError::Msr { index, value: data })
 }
+
+/// Whether two areas of FXSAVE hold the same registers: MXCSR_MASK is the processor's, and what lies behind XMM15 nobody's.
+pub fn is_same_registers(one: &[u64], other: &[u64]) -> bool {
+    const END: usize = 416 / 8;
+    let registers = |n: usize, word: u64| if n == MXCSR_WORD { word & 0xffff_ffff } else { word };
+    one.len() == other.len()
+        && (0..one.len().min(END)).all(|n| registers(n, one[n]) == registers(n, other[n]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn areas_are_compared_by_their_registers() {
+        let area = vec![7; FXSAVE_WORDS];
+        let with = |at: usize, flip: u64| {
+            let mut other = area.clone();
+            other[at] ^= flip;
+            is_same_registers(&area, &other)
+        };
+        assert!(with(0, 0) && with(MXCSR_WORD, 1 << 32) && with(52, 1) && with(63, 1));
+        assert!(!with(0, 1) && !with(1, 1) && !with(MXCSR_WORD, 1) && !with(51, 1 << 63));
+        assert!(!is_same_registers(&area, &area[..10]));
+    }
+}
