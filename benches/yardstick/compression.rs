@@ -184,7 +184,7 @@ mod tests {
         let mut packer = Packer::new();
         let text = words();
         let packed = packer.pack(&text);
-        assert!(packed.len() < LEN / 2, "{} bytes", packed.len());
+        assert!(packed.len() < LEN * 2 / 3, "{} bytes", packed.len());
         assert_eq!(unpack(packed), text);
         let noise = Numbers::new(11).bytes(100_000);
         for data in [&[][..], b"a", b"abcabcabcabc", &[7; 70_000], &noise] {
