@@ -343,5 +343,11 @@ fn linux_boots_where_user_code_may_stay_translated() {
 
 #[test]
 fn linux_boots_where_user_code_is_native() {
-    boots("linux_boots_where_user_code_is_native", UserCode::Native);
+    let test = "linux_boots_where_user_code_is_native";
+    let walker = kvmcpu::Walker::of_this_host();
+    if !walker.traps_cpuid() {
+        // The C library picks its functions by CPUID at the start, and one with AVX-512 meets a CPU without it later.
+        return skip(test, &format!("CPUID at CPL 3 shows the host's features here ({walker})"));
+    }
+    boots(test, UserCode::Native);
 }
