@@ -19,6 +19,7 @@ mod nested;
 mod program;
 mod run;
 mod seen;
+mod system_calls;
 mod tables;
 #[path = "../engines/world.rs"]
 #[allow(dead_code, reason = "another test needs more of it")]
