@@ -1,11 +1,13 @@
 //! Runs a program under direct execution and under the interpreter, and compares what they leave behind.
 
-use crate::program::Program;
-use crate::world::PARTS;
+use crate::program::{Program, user};
+use crate::world::{CODE, END, PARTS, USER_DATA};
 use antumbra::bursts::UserCode;
 use antumbra::direct::DirectCpu;
 use antumbra::{ClockKind, CpuKind, End, Limits, Machine, MachineConfig, MmuKind, Wiring, host_cpu};
 use guestmem::{Gpa, GuestMemory};
+use iced_x86::IcedError;
+use iced_x86::code_asm::{CodeAssembler, ebp};
 use kvmcpu::Blank;
 use softcpu::{CpuModel, EngineKind, SoftCpu};
 use std::io::Write;
@@ -44,6 +46,24 @@ impl Vcpu for Seated {
     fn host_figures(&self) -> Result<Option<vcpu::HostFigures>, VcpuError> {
         self.cpu.host_figures()
     }
+}
+
+/// Where the kernel's code is that user code calls.
+pub const SERVICE: u64 = CODE;
+
+/// A program of user code, with RBP at its data, that ends by itself, and with a service of the kernel's for it to call, which
+/// returns by itself.
+pub fn served(
+    name: &str,
+    service: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+    body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Program {
+    let program = user(name, |a| {
+        a.mov(ebp, USER_DATA as u32)?;
+        body(a)?;
+        a.int(i32::from(END))
+    });
+    program.with(SERVICE, service)
 }
 
 /// What a run leaves behind.

@@ -1,15 +1,13 @@
 //! SYSCALL by user code on the host's processor: it enters the stub, which has neither the guest's entry nor its stack, and is
 //! executed once more by the software CPU from the address that it has left in RCX (SDM Vol. 2 "SYSCALL", "SYSRET").
 
-use crate::program::{Program, guarded_user, repeat, user};
-use crate::run::{check, host};
-use crate::world::{END, KERNEL_CODE, USER_DATA, assemble};
+use crate::program::{Program, guarded_user, repeat};
+use crate::run::{self, SERVICE, check, host};
+use crate::world::{KERNEL_CODE, USER_DATA};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use vcpu::ArchState;
 
-/// Where the guest's SYSCALL leads.
-const ENTRY: u64 = 0x10_0000;
 /// IA32_STAR: SYSRET loads CS from the upper half with 16 added, SS with 8.
 const STAR: u64 = 0x1b << 48 | (KERNEL_CODE as u64) << 32;
 /// IA32_FMASK: TF, IF, DF.
@@ -17,29 +15,19 @@ const MASK: u64 = 0x700;
 
 /// Lets SYSCALL lead to the entry.
 fn with_entry(state: &mut ArchState) {
-    for (index, value) in [(0xc000_0081, STAR), (0xc000_0082, ENTRY), (0xc000_0084, MASK)] {
+    for (index, value) in [(0xc000_0081, STAR), (0xc000_0082, SERVICE), (0xc000_0084, MASK)] {
         state.msrs.iter_mut().filter(|(held, _)| *held == index).for_each(|(_, held)| *held = value);
     }
 }
 
-/// A program of user code with a service behind SYSCALL.
+/// A program whose user code calls a service of the kernel's by SYSCALL.
 fn served(
     name: &str,
     service: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
     body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
 ) -> Program {
-    let mut program = user(name, |a| {
-        a.mov(ebp, USER_DATA as u32)?;
-        body(a)?;
-        a.int(i32::from(END))
-    });
-    let code = assemble(ENTRY, |a| {
-        service(a)?;
-        a.sysretq()
-    });
-    program.world.put(ENTRY, &code);
-    program.seat = with_entry;
-    program
+    let returning = |a: &mut CodeAssembler| service(a).and_then(|()| a.sysretq());
+    Program { seat: with_entry, ..run::served(name, returning, body) }
 }
 
 #[test]

@@ -1,33 +1,24 @@
 //! Page tables that change between stays on the host's processor: what it has seen of the shadow tables must go.
 
-use crate::program::{Program, guarded_user, repeat, user};
-use crate::run::{check, host};
-use crate::world::{AD, END, IDT, KERNEL_CODE, P, ROOTS, RW, TABLE, US, USER_DATA, assemble};
+use crate::program::{Program, guarded_user, repeat};
+use crate::run::{self, SERVICE, check, host};
+use crate::world::{AD, IDT, KERNEL_CODE, P, ROOTS, RW, TABLE, US, USER_DATA};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-/// An interrupt that user code calls, and where its handler is.
-const SERVICE: u64 = 0x81;
-const HANDLER: u64 = 0x10_0000;
+/// The interrupt by which user code calls the service.
+const VECTOR: u64 = 0x81;
 
-/// A program whose user code calls a service of the kernel's.
+/// A program whose user code calls a service of the kernel's by an interrupt.
 fn served(
     name: &str,
     service: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
     body: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
 ) -> Program {
-    let mut program = user(name, |a| {
-        a.mov(ebp, USER_DATA as u32)?;
-        body(a)?;
-        a.int(i32::from(END))
-    });
-    let code = assemble(HANDLER, |a| {
-        service(a)?;
-        a.iretq()
-    });
-    program.world.put(HANDLER, &code);
-    let gate = HANDLER & 0xffff | u64::from(KERNEL_CODE) << 16 | 0xee << 40 | (HANDLER >> 16) << 48;
-    program.world.word(IDT + SERVICE * 16, gate);
+    let returning = |a: &mut CodeAssembler| service(a).and_then(|()| a.iretq());
+    let mut program = run::served(name, returning, body);
+    let gate = SERVICE & 0xffff | u64::from(KERNEL_CODE) << 16 | 0xee << 40 | (SERVICE >> 16) << 48;
+    program.world.word(IDT + VECTOR * 16, gate);
     program
 }
 
@@ -51,7 +42,7 @@ fn a_page_that_loses_its_rights_and_gets_them_back() {
                 repeat(a, 12, |a| {
                     guarded_user(a, |a| a.add(qword_ptr(rbp), r14))?;
                     guarded_user(a, |a| a.add(rbx, qword_ptr(rbp + 8)))?;
-                    a.int(SERVICE as i32)
+                    a.int(VECTOR as i32)
                 })
             },
         ));
@@ -73,7 +64,7 @@ fn a_page_that_leads_to_another_frame() {
             repeat(a, 12, |a| {
                 a.add(qword_ptr(rbp), r14)?;
                 a.add(rbx, qword_ptr(rbp + 0x3000))?;
-                a.int(SERVICE as i32)
+                a.int(VECTOR as i32)
             })
         },
     ));
@@ -96,7 +87,7 @@ fn a_directory_that_leads_to_another_table() {
             repeat(a, 12, |a| {
                 a.add(qword_ptr(rbp), r14)?;
                 a.add(rbx, qword_ptr(rbp + 0x1000))?;
-                a.int(SERVICE as i32)
+                a.int(VECTOR as i32)
             })
         },
     );
@@ -121,7 +112,7 @@ fn another_address_space() {
             repeat(a, 12, |a| {
                 a.add(qword_ptr(rbp), r14)?;
                 a.add(rbx, qword_ptr(rbp + 0x1000))?;
-                a.int(SERVICE as i32)
+                a.int(VECTOR as i32)
             })
         },
     ));
@@ -150,7 +141,7 @@ fn accessed_and_dirty_flags() {
             repeat(a, 8, |a| {
                 a.mov(ecx, dword_ptr(rbp))?;
                 a.mov(dword_ptr(rbp + 0x1000), ecx)?;
-                a.int(SERVICE as i32)?;
+                a.int(VECTOR as i32)?;
                 guarded_user(a, |a| a.ud2())
             })
         },
